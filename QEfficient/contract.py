@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The contract of a graph folder: its files, its inputs and outputs, and the manifest that records them.
+
+``export`` writes it, ``compile`` and ``runtime`` read it. Knows no PyTorch and no ONNX.
+
+A graph folder (and a program folder, which keeps the same contract) holds::
+
+    model.onnx            the graph; its large initializers are external data
+    weights.*             what the external data points to: links to the checkpoint, or written files
+    manifest.json         this module's Manifest
+    neutral.safetensors   adapter inputs of "base" that are not zero (only for methods that need it)
+    adapters/NAME.safetensors   the adapters exported with the graph, ready to be bound
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from QEfficient.errors import ArtifactError
+
+MODEL_FILE = "model.onnx"
+MANIFEST_FILE = "manifest.json"
+NEUTRAL_FILE = "neutral.safetensors"
+ADAPTERS_DIR = "adapters"
+FORMAT_VERSION = 1
+
+INPUT_IDS = "input_ids"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+RETAINED = "_RetainedState"
+
+BASE = "base"
+"""The name that selects no adapter."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateSpec:
+    """One state tensor of the graph, ``past_key.0`` for example.
+
+    Attributes:
+        name: Input name; the output is ``name + RETAINED``.
+        shape: Dimensions; the strings ``"batch_size"`` and ``"ctx_len"`` are filled in by the session.
+        dtype: NumPy name of the element type.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """One adapter tensor that the graph takes as an input.
+
+    Attributes:
+        name: Input name, as in the adapter's own file; a scaling is ``<module>.scaling`` with shape ``()``.
+        shape: Dimensions; the string ``"rank"`` is dynamic and the same for every tensor of one call.
+        dtype: NumPy name of the element type.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a graph is, and what it needs.
+
+    Attributes:
+        hash: Identity of everything that shapes the graph.
+        base: The base's configuration (``config``), ``name_or_path``, ``architecture`` and weight identity (``weights``).
+        peft_config: The ``PeftConfig`` whose structure was traced, as a dict; empty when exported without adapter.
+        states: Cache and other state, in graph order.
+        adapter: Adapter inputs, in graph order.
+        logits: ``"last"``: ``(B, 1, V)`` of each row's last real token; ``"all"``: ``(B, S, V)``.
+        vocab_size: ``V``.
+        max_positions: Longest context that the base's configuration allows; 0 if it names none.
+        files: Size in bytes and xxh3-128 digest of every file of the folder: ``{name: {"bytes": n, "xxh3": hex}}``.
+        versions: Versions of the libraries that took part.
+        options: Options of the export or compile that shaped the result.
+    """
+
+    hash: str
+    base: dict[str, Any]
+    peft_config: dict[str, Any]
+    states: tuple[StateSpec, ...]
+    adapter: tuple[AdapterSpec, ...]
+    logits: str
+    vocab_size: int
+    max_positions: int
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Write ``manifest.json`` into ``folder``."""
+        content = {"format": FORMAT_VERSION, **dataclasses.asdict(self)}
+        (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read the manifest of a graph or program folder.
+
+        Raises:
+            ArtifactError: The folder holds no manifest, or one that this version cannot read.
+        """
+        path = Path(folder) / MANIFEST_FILE
+        if not path.is_file():
+            raise ArtifactError(f"{folder} is not an exported graph: it has no {MANIFEST_FILE}. Run `qefficient export`.")
+        try:
+            content = json.loads(path.read_text())
+        except ValueError as e:
+            raise ArtifactError(f"{path} is not valid JSON ({e}); export again.") from e
+        version = content.pop("format", None)
+        if version != FORMAT_VERSION:
+            raise ArtifactError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; export again.")
+        content["states"] = tuple(StateSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in content["states"])
+        content["adapter"] = tuple(AdapterSpec(a["name"], tuple(a["shape"]), a["dtype"]) for a in content["adapter"])
+        return cls(**content)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Folders that are either whole or absent: written aside, verified, moved in.
+
+Knows files and digests; does not know what they mean.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from QEfficient.errors import ArtifactError
+
+_CHUNK_BYTES = 1 << 24
+
+
+def cache_root() -> Path:
+    """Return the folder of exported graphs: ``$QEFF_HOME``, ``$XDG_CACHE_HOME/qeff_models`` or ``~/.cache/qeff_models``."""
+    if home := os.environ.get("QEFF_HOME"):
+        return Path(home)
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "qeff_models"
+
+
+def digest_file(path: Path) -> str:
+    """Return the xxh3-128 digest of a file's bytes, in hex."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as f:
+        while chunk := f.read(_CHUNK_BYTES):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def record_files(folder: Path, *, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """Return ``{name: {"bytes", "mtime_ns", "xxh3"}}`` of the files directly in ``folder``."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in skip)
+    return {p.name: record_file(p) for p in files}
+
+
+def record_file(path: Path) -> dict[str, Any]:
+    """Return size, modification time and digest of one file."""
+    stat = path.stat()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": digest_file(path)}
+
+
+def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, full: bool = False) -> None:
+    """Check that ``folder`` still holds what was recorded.
+
+    Args:
+        folder: The folder.
+        files: What :func:`record_files` returned.
+        full: Read every byte. Otherwise only a file whose size or modification time changed is read.
+
+    Raises:
+        ArtifactError: A file is missing, truncated or changed.
+    """
+    for name, recorded in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing; export again.")
+        stat = path.stat()
+        if stat.st_size != recorded["bytes"]:
+            raise ArtifactError(f"{path} has {stat.st_size} bytes, {recorded['bytes']} were written; export again.")
+        if (full or stat.st_mtime_ns != recorded["mtime_ns"]) and digest_file(path) != recorded["xxh3"]:
+            raise ArtifactError(f"{path} changed since it was written; export again.")
+
+
+@contextmanager
+def written_aside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target`` that becomes ``target`` when the block succeeds.
+
+    If another process has put a folder there meanwhile, the other one stays and ours is dropped: both hold the same.
+    If the block raises, nothing is left. A killed process leaves only a ``.tmp-`` folder, which is never read.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        yield aside
+        _sync(aside)
+        try:
+            os.rename(aside, target)
+        except OSError:
+            if not target.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_file(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` with a temporary path beside ``path``, then move the result to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        write(aside)
+        aside.chmod(0o644)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Put ``source`` at ``target`` as a hard link, or as a copy where the file system allows no link."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _sync(folder: Path) -> None:
+    """Flush the files of ``folder`` to disk, so that a crash after the rename finds them whole."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.stat().st_nlink == 1:
+            with path.open("rb") as f:
+                os.fsync(f.fileno())
