@@ -34,6 +34,9 @@ RETAINED = "_RetainedState"
 BASE = "base"
 """The name that selects no adapter."""
 
+ONE_ROW_CHUNKS = "one_row_chunks"
+"""Manifest option of a program: a call of several tokens behind earlier ones takes one row. A session splits such calls."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
@@ -58,11 +61,19 @@ class AdapterSpec:
         name: Input name, as in the adapter's own file; a scaling is ``<module>.scaling`` with shape ``()``.
         shape: Dimensions; the string ``"rank"`` is dynamic and the same for every tensor of one call.
         dtype: NumPy name of the element type.
+        perm: How a program wants the axes ordered; a session transposes once, when it loads the adapter. Empty: as they are.
+        scaled_by: Name of the scaling that a session multiplies into this tensor when it loads the adapter; empty: none.
+        bound: Whether the graph has this input; false for a scaling that a program has folded into a tensor.
+
+    Name and shape always are those of the adapter's own file, so that one adapter fits a graph and its programs alike.
     """
 
     name: str
     shape: tuple[int | str, ...]
     dtype: str = "float32"
+    perm: tuple[int, ...] = ()
+    scaled_by: str = ""
+    bound: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +120,9 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST_FILE
         if not path.is_file():
-            raise ArtifactError(f"{folder} is not an exported graph: it has no {MANIFEST_FILE}. Run `qefficient export`.")
+            raise ArtifactError(
+                f"{folder} is not an exported graph: it has no {MANIFEST_FILE}. Run `qefficient export`."
+            )
         try:
             content = json.loads(path.read_text())
         except ValueError as e:
@@ -118,5 +131,8 @@ class Manifest:
         if version != FORMAT_VERSION:
             raise ArtifactError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; export again.")
         content["states"] = tuple(StateSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in content["states"])
-        content["adapter"] = tuple(AdapterSpec(a["name"], tuple(a["shape"]), a["dtype"]) for a in content["adapter"])
+        content["adapter"] = tuple(
+            AdapterSpec(**{**a, "shape": tuple(a["shape"]), "perm": tuple(a.get("perm", ()))})
+            for a in content["adapter"]
+        )
         return cls(**content)
