@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Adapter tensors on their way into a session: checked against the manifest, laid out as the program wants them.
+
+Knows names, shapes and types; does not know which PEFT method the tensors belong to.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+from safetensors.numpy import load_file
+
+from QEfficient.contract import AdapterSpec
+from QEfficient.errors import AdapterMismatchError, ArtifactError
+from QEfficient.options import suggest
+
+Array = npt.NDArray[Any]
+
+
+def validate(name: str, tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> None:
+    """Check that ``tensors`` are exactly what ``specs`` ask for.
+
+    A dynamic dimension, LoRA's rank, may have any size, but the same one in all tensors.
+
+    Raises:
+        AdapterMismatchError: Naming the first difference.
+    """
+    known = {s.name for s in specs}
+    for extra in sorted(set(tensors) - known):
+        raise AdapterMismatchError(
+            f"adapter {name!r} does not fit the graph: the graph has no input {extra!r}{suggest(extra, known)}"
+        )
+    sizes: dict[str, tuple[int, str]] = {}
+    for spec in specs:
+        if spec.name not in tensors:
+            raise AdapterMismatchError(f"adapter {name!r} does not fit the graph: it has no tensor {spec.name!r}")
+        tensor = tensors[spec.name]
+        if tensor.dtype != np.dtype(spec.dtype):
+            raise AdapterMismatchError(
+                f"adapter {name!r} does not fit the graph: {spec.name!r} is {tensor.dtype}, the graph takes {spec.dtype}"
+            )
+        _check_shape(name, spec, tensor.shape, sizes)
+
+
+def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[str, Array]:
+    """Return what to bind: transposed and scaled where the program asks for it, contiguous, ours to keep."""
+    placed = {}
+    for spec in specs:
+        if not spec.bound:
+            continue
+        tensor = tensors[spec.name]
+        if spec.scaled_by:
+            tensor = tensor * tensors[spec.scaled_by]
+        if spec.perm:
+            tensor = tensor.transpose(spec.perm)
+        # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
+        copy = tensor.flags.writeable and tensor is tensors[spec.name]
+        placed[spec.name] = np.array(tensor, dtype=spec.dtype, order="C", copy=True if copy else None, ndmin=0)
+    return placed
+
+
+def neutral_tensors(specs: Sequence[AdapterSpec], file: Path) -> dict[str, Array]:
+    """Return what to bind for the base: zeros of rank 1, but for the tensors that ``file`` holds."""
+    tensors = {s.name: np.zeros([1 if isinstance(d, str) else d for d in s.shape], s.dtype) for s in specs}
+    if file.is_file():
+        try:
+            stored = load_file(file)
+        except (OSError, safetensors.SafetensorError) as e:
+            raise ArtifactError(f"{file} cannot be read ({e}); export again.") from e
+        tensors.update({name: t for name, t in stored.items() if name in tensors})
+    return place(tensors, specs)
+
+
+def _check_shape(name: str, spec: AdapterSpec, shape: tuple[int, ...], sizes: dict[str, tuple[int, str]]) -> None:
+    fits = len(shape) == len(spec.shape)
+    fits = fits and all(isinstance(want, str) or want == got for want, got in zip(spec.shape, shape, strict=True))
+    if not fits:
+        wanted = ", ".join(str(d) for d in spec.shape)
+        raise AdapterMismatchError(
+            f"adapter {name!r} does not fit the graph: {spec.name!r} has shape {shape}, the graph takes ({wanted})"
+        )
+    for want, got in zip(spec.shape, shape, strict=True):
+        if not isinstance(want, str):
+            continue
+        size, first = sizes.setdefault(want, (got, spec.name))
+        if got != size or got < 1:
+            raise AdapterMismatchError(
+                f"adapter {name!r} does not fit the graph: {want} is {got} in {spec.name!r} and {size} in {first!r}; "
+                "it must be the same in all tensors, at least 1"
+            )

@@ -1,0 +1,364 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One loaded graph or program, its cache, and its resident adapters.
+
+Knows NumPy and ONNX Runtime; knows neither PyTorch nor text. Cache and adapters stay where they are: past and present
+are bound to the same memory, an adapter is bound when it is selected, and a call binds only tokens, positions and logits.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime
+import psutil
+
+from QEfficient.contract import (
+    BASE,
+    INPUT_IDS,
+    LOGITS,
+    MODEL_FILE,
+    NEUTRAL_FILE,
+    ONE_ROW_CHUNKS,
+    POSITION_IDS,
+    RETAINED,
+    Manifest,
+    StateSpec,
+)
+from QEfficient.errors import AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
+from QEfficient.options import suggest
+from QEfficient.runtime.adapters import neutral_tensors, place, validate
+from QEfficient.store import verify_files
+
+Array = npt.NDArray[Any]
+
+_ALIGN_BYTES = 64
+
+
+class Session(Protocol):
+    """What generation and measuring need of a runtime; an accelerator's runtime is one more class with these members."""
+
+    manifest: Manifest
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the cache; 0 before :meth:`allocate`."""
+
+    @property
+    def ctx_len(self) -> int:
+        """Positions of a row of the cache; 0 before :meth:`allocate`."""
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter that the next call runs with, or ``"base"``."""
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the resident adapters, without ``"base"``."""
+
+    def allocate(self, batch_size: int, ctx_len: int) -> None:
+        """Make the cache for ``batch_size`` rows of ``ctx_len`` positions, all zero."""
+
+    def reset(self) -> None:
+        """Empty the cache."""
+
+    def run(self, input_ids: Array, position_ids: Array) -> Array:
+        """Advance every row by up to ``S`` tokens and return the logits."""
+
+    def reorder(self, rows: Sequence[int] | Array) -> None:
+        """Let row ``b`` of the cache become what row ``rows[b]`` was."""
+
+    def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Make an adapter resident."""
+
+    def set_adapter(self, name: str) -> None:
+        """Run with a resident adapter, or with ``"base"``, from the next call on."""
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a resident adapter."""
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return what ``weights``, ``cache`` and ``adapters`` take."""
+
+
+class OrtSession:
+    """A graph or program folder loaded in ONNX Runtime on the CPU.
+
+    Safe to call from several threads: calls wait for each other. The cache and the active adapter belong to the session,
+    though, so two generations at the same time need two sessions.
+
+    Args:
+        folder: A graph folder or a program folder.
+        threads: Threads of one call; ``None``: one for each physical core.
+        verify: Check the folder's files against its manifest first (sizes and times; bytes only where those changed).
+
+    Raises:
+        ArtifactError: The folder is not whole, or ONNX Runtime cannot load it.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None, verify: bool = True) -> None:
+        folder = Path(folder)
+        self.folder = folder
+        self.manifest = Manifest.read(folder)
+        if verify:
+            verify_files(folder, self.manifest.files)
+        options = onnxruntime.SessionOptions()
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        try:
+            self._ort = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
+        except Exception as e:  # ONNX Runtime's exceptions share no base class
+            raise ArtifactError(f"ONNX Runtime cannot load {folder / MODEL_FILE}: {e}") from e
+        self._lock = threading.RLock()
+        self._one_row_chunks = bool(self.manifest.options.get(ONE_ROW_CHUNKS, False))
+        self._states: dict[str, Array] = {}
+        self._batch_size = self._ctx_len = self._filled = 0
+        base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE)
+        self._adapters: dict[str, dict[str, Array]] = {BASE: base}
+        self._active = BASE
+        self._binding: Any = None
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the cache; 0 before :meth:`allocate`."""
+        return self._batch_size
+
+    @property
+    def ctx_len(self) -> int:
+        """Positions of a row of the cache; 0 before :meth:`allocate`."""
+        return self._ctx_len
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the adapter that the next call runs with, or ``"base"``."""
+        return self._active
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the resident adapters, without ``"base"``."""
+        return tuple(n for n in self._adapters if n != BASE)
+
+    def allocate(self, batch_size: int, ctx_len: int) -> None:
+        """Make the cache for ``batch_size`` rows of ``ctx_len`` positions, all zero.
+
+        Raises:
+            ConfigError: A size is not positive, longer than the base's or the program's longest context, or the cache
+                is larger than the memory that is available.
+        """
+        if batch_size < 1 or ctx_len < 1:
+            raise ConfigError(f"batch_size and ctx_len must be at least 1, not {batch_size} and {ctx_len}")
+        if ctx_len > (longest := self.longest_context()):
+            raise ConfigError(f"ctx_len is {ctx_len}, but the longest context of {self.folder} is {longest}")
+        shapes = {s.name: _fill_in(s, batch_size, ctx_len) for s in self.manifest.states}
+        need = sum(int(np.prod(shapes[s.name])) * np.dtype(s.dtype).itemsize for s in self.manifest.states)
+        with self._lock:
+            # What the present cache holds is given back first, so it counts as available.
+            available = psutil.virtual_memory().available + self.memory_bytes()["cache"]
+            if need > available:
+                raise ConfigError(
+                    f"a cache of batch_size {batch_size} by ctx_len {ctx_len} takes {need / 2**20:.0f} MiB, "
+                    f"{available / 2**20:.0f} MiB of memory are available. Use a smaller batch_size or ctx_len."
+                )
+            self._binding = None
+            self._states = {}
+            self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
+            self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
+            self._binding = self._bind_all()
+
+    def longest_context(self) -> int:
+        """Return the largest ``ctx_len`` that the base's positions and the program's options allow."""
+        limits = [self.manifest.max_positions, self.manifest.options.get("ctx_len") or 0]
+        return min((n for n in limits if n), default=np.iinfo(np.int64).max)
+
+    def reset(self) -> None:
+        """Empty the cache: what was filled becomes zero."""
+        with self._lock:
+            for spec in self.manifest.states:
+                state = self._states.get(spec.name)
+                if state is None:
+                    continue
+                if "ctx_len" in spec.shape:
+                    state = state[(slice(None),) * spec.shape.index("ctx_len") + (slice(0, self._filled),)]
+                state[...] = 0
+            self._filled = 0
+
+    def run(self, input_ids: Array, position_ids: Array) -> Array:
+        """Advance every row by up to ``S`` tokens.
+
+        Args:
+            input_ids: ``(B, S)``; what stands at padding must be a valid token id, which one does not matter.
+            position_ids: ``(B, S)``; consecutive positions, then -1 for padding. See the rules of the graph's contract.
+
+        Returns:
+            A new array, ``(B, 1, V)`` or ``(B, S, V)``, as the manifest's ``logits`` says.
+
+        Raises:
+            NotCompiledError: :meth:`allocate` has not been called.
+            ConfigError: Shapes, token ids or positions break the contract or do not fit the cache.
+        """
+        ids = np.ascontiguousarray(input_ids, dtype=np.int64)
+        positions = np.ascontiguousarray(position_ids, dtype=np.int64)
+        with self._lock:
+            self._check(ids, positions)
+            self._filled = max(self._filled, int(positions[:, 0].max()) + ids.shape[1])
+            if self._one_row_chunks and ids.shape[0] > 1 and ids.shape[1] > 1 and positions[:, 0].any():
+                return self._run_rows(ids, positions)
+            return self._call(self._binding, ids, positions)
+
+    def reorder(self, rows: Sequence[int] | Array) -> None:
+        """Let row ``b`` of the cache become what row ``rows[b]`` was; only rows that change are copied."""
+        source = np.asarray(rows, dtype=np.int64)
+        if source.shape != (self._batch_size,) or source.min() < 0 or source.max() >= self._batch_size:
+            raise ConfigError(f"reorder takes one row in [0, {self._batch_size}) for each row, not {source.tolist()}")
+        moved = np.flatnonzero(source != np.arange(self._batch_size))
+        if moved.size == 0:
+            return
+        with self._lock:
+            for spec in self.manifest.states:
+                state = self._states[spec.name]
+                filled = [slice(None)] * state.ndim
+                if "ctx_len" in spec.shape:
+                    filled[spec.shape.index("ctx_len")] = slice(0, self._filled)
+                view = state[tuple(filled)]
+                view[moved] = view[source[moved]]
+
+    def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """Make an adapter resident; one of the same name is replaced.
+
+        Args:
+            name: Any name but ``"base"``.
+            tensors: Every adapter tensor of the manifest, scalings included, named and shaped as in the adapter's file.
+                Read-only arrays (memory-mapped files) are used where they are; others are copied.
+
+        Raises:
+            ConfigError: The name is ``"base"``.
+            AdapterMismatchError: A tensor is missing, unknown, or of another shape or type. Nothing has changed then.
+        """
+        if name == BASE:
+            raise ConfigError(f"{BASE!r} names the base without an adapter; give the adapter another name")
+        validate(name, tensors, self.manifest.adapter)
+        placed = place(tensors, self.manifest.adapter)
+        with self._lock:
+            self._adapters[name] = placed
+            if name == self._active:
+                self._bind_adapter(self._binding)
+
+    def set_adapter(self, name: str) -> None:
+        """Run with a resident adapter, or with ``"base"``, from the next call on. The cache stays as it is.
+
+        Raises:
+            AdapterNotFoundError: No adapter of that name is resident.
+        """
+        with self._lock:
+            self._known(name)
+            if name != self._active:
+                self._active = name
+                self._bind_adapter(self._binding)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forget a resident adapter; if it is active, the base becomes active.
+
+        Raises:
+            AdapterNotFoundError: No adapter of that name is resident.
+        """
+        with self._lock:
+            self._known(name)
+            if name == BASE:
+                raise ConfigError(f"{BASE!r} cannot be unloaded")
+            if name == self._active:
+                self.set_adapter(BASE)
+            del self._adapters[name]
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Return what ``weights``, ``cache`` and ``adapters`` take, in bytes; the cache counts as if it were full."""
+        weights = sum(f["bytes"] for name, f in self.manifest.files.items() if name != NEUTRAL_FILE)
+        return {
+            "weights": weights,
+            "cache": sum(s.nbytes for s in self._states.values()),
+            "adapters": sum(t.nbytes for tensors in self._adapters.values() for t in tensors.values()),
+        }
+
+    def _known(self, name: str) -> None:
+        if name not in self._adapters:
+            known = ", ".join(sorted(self._adapters))
+            raise AdapterNotFoundError(
+                f"no adapter {name!r} is loaded{suggest(name, self._adapters)} (loaded: {known})"
+            )
+
+    def _check(self, ids: Array, positions: Array) -> None:
+        if self._binding is None:
+            raise NotCompiledError("the session has no cache yet: call allocate(batch_size, ctx_len) first")
+        if ids.ndim != 2 or ids.shape[0] != self._batch_size or ids.shape[1] < 1 or positions.shape != ids.shape:
+            raise ConfigError(
+                f"input_ids and position_ids must both be ({self._batch_size}, S), not {ids.shape} and {positions.shape}"
+            )
+        starts = positions[:, 0]
+        if starts.min() < 0:
+            raise ConfigError(f"row {int(starts.argmin())} has no real token: its first position is {starts.min()}")
+        if int(starts.max()) + ids.shape[1] > self._ctx_len:
+            row = int(starts.argmax())
+            raise ConfigError(
+                f"the context does not fit: row {row} is at position {starts[row]}, {ids.shape[1]} more make "
+                f"{starts[row] + ids.shape[1]}, the cache holds {self._ctx_len}"
+            )
+        if ids.min() < 0 or ids.max() >= self.manifest.vocab_size:
+            raise ConfigError(f"token ids must be in [0, {self.manifest.vocab_size}), not {ids.min()} to {ids.max()}")
+
+    def _call(self, binding: Any, ids: Array, positions: Array) -> Array:
+        columns = 1 if self.manifest.logits == "last" else ids.shape[1]
+        logits = np.empty((ids.shape[0], columns, self.manifest.vocab_size), np.float32)
+        _bind_input(binding, INPUT_IDS, ids)
+        _bind_input(binding, POSITION_IDS, positions)
+        _bind_output(binding, LOGITS, logits)
+        self._ort.run_with_iobinding(binding)
+        return logits
+
+    def _run_rows(self, ids: Array, positions: Array) -> Array:
+        """Run one row at a time, on that row's part of the cache, and only as many columns as it has real tokens."""
+        columns = 1 if self.manifest.logits == "last" else ids.shape[1]
+        logits = np.zeros((ids.shape[0], columns, self.manifest.vocab_size), np.float32)
+        for row in range(ids.shape[0]):
+            real = int((positions[row] >= 0).sum())
+            one = self._call(
+                self._bind_all(row), ids[row : row + 1, :real].copy(), positions[row : row + 1, :real].copy()
+            )
+            logits[row, : one.shape[1]] = one[0]
+        return logits
+
+    def _bind_all(self, row: int | None = None) -> Any:
+        """Bind the state (of one row, or of all) and the active adapter to a new binding."""
+        binding = self._ort.io_binding()
+        for name, state in self._states.items():
+            part = state if row is None else state[row : row + 1]
+            _bind_input(binding, name, part)
+            _bind_output(binding, name + RETAINED, part)
+        self._bind_adapter(binding)
+        return binding
+
+    def _bind_adapter(self, binding: Any) -> None:
+        if binding is not None:
+            for name, tensor in self._adapters[self._active].items():
+                _bind_input(binding, name, tensor)
+
+
+def _bind_input(binding: Any, name: str, array: Array) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: Array) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _fill_in(spec: StateSpec, batch_size: int, ctx_len: int) -> tuple[int, ...]:
+    sizes = {"batch_size": batch_size, "ctx_len": ctx_len}
+    return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
+    """Return zeros that start at a cache line; the system provides the memory when it is first written."""
+    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(count + _ALIGN_BYTES, np.uint8)
+    offset = -raw.ctypes.data % _ALIGN_BYTES
+    return raw[offset : offset + count].view(dtype).reshape(shape)
