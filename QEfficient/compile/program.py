@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Programs: compiled graphs, kept beside the graph and made once.
+
+A program folder keeps the contract of a graph folder. It lies at ``qpc-<hash>/program``; ``qpc-<hash>/qconfig.json`` records
+what it was compiled with.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from QEfficient.compile.targets import Target, find_target
+from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, Manifest
+from QEfficient.errors import ArtifactError, ConfigError
+from QEfficient.store import link_or_copy, record_file, verify_files, written_aside
+
+PROGRAM_DIR = "program"
+CONFIG_FILE = "qconfig.json"
+FORMAT_VERSION = 1
+"""Raised when the passes change what they make of the same graph."""
+
+
+def compile_graph(
+    graph: Path,
+    *,
+    target: str = "onnxruntime",
+    precision: str = "fp32",
+    batch_size: int | None = None,
+    prefill_seq_len: int = 128,
+    ctx_len: int | None = None,
+    out: Path | None = None,
+    verify: bool = True,
+) -> Path:
+    """Compile a graph folder to a program folder; return at once if that has been done before.
+
+    Args:
+        graph: A graph folder, as ``export`` writes it.
+        target: Name of a target.
+        precision: Type of the base's weights.
+        batch_size: Rows that sessions will use, recorded for them; ``None``: any.
+        prefill_seq_len: Most tokens of a prompt in one call.
+        ctx_len: Longest context that sessions may use; ``None``: the base's own.
+        out: Folder that ``qpc-<hash>`` is put into; default: ``graph``.
+        verify: Check the graph's files against its manifest first. Otherwise they are compiled as they are, whatever the
+            manifest says; their own digests identify the program then.
+
+    Returns:
+        ``<out>/qpc-<hash>/program``.
+
+    Raises:
+        ConfigError: An unknown target, or a size that is not positive or longer than the base's longest context.
+        UnsupportedError: The target does not offer the precision.
+        ArtifactError: The graph folder is not whole.
+    """
+    graph = Path(graph)
+    chosen = find_target(target, precision)
+    manifest = Manifest.read(graph)
+    _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
+    options = {
+        "target": target,
+        "precision": precision,
+        "batch_size": batch_size,
+        "prefill_seq_len": prefill_seq_len,
+        "ctx_len": ctx_len,
+    }
+    if verify:
+        verify_files(graph, manifest.files)
+    else:
+        manifest = replace(manifest, files={name: record_file(graph / name) for name in manifest.files})
+    content = manifest.hash if verify else {name: f["xxh3"] for name, f in manifest.files.items()}
+    identity = {"format": FORMAT_VERSION, "graph": content, **options, **chosen.identity()}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    folder = (Path(out) if out is not None else graph) / f"qpc-{digest}"
+    if not _is_whole(folder / PROGRAM_DIR):
+        with written_aside(folder) as aside:
+            _write(graph, manifest, chosen, options, digest, aside)
+    return folder / PROGRAM_DIR
+
+
+def _write(graph: Path, manifest: Manifest, target: Target, options: dict[str, Any], digest: str, aside: Path) -> None:
+    program = aside / PROGRAM_DIR
+    program.mkdir()
+    lowered = target.lower(graph, manifest, str(options["precision"]), program)
+    files = {MODEL_FILE: record_file(program / MODEL_FILE)}
+    for name, recorded in manifest.files.items():
+        if name in {MODEL_FILE, MANIFEST_FILE} or (program / name).exists():
+            continue
+        link_or_copy(graph / name, program / name)
+        files[name] = {**recorded, "mtime_ns": (program / name).stat().st_mtime_ns}
+    lowered = replace(
+        lowered,
+        hash=digest,
+        files=files,
+        versions={**manifest.versions, **target.identity()},
+        options={**lowered.options, **options, "graph": manifest.hash},
+    )
+    lowered.write(program)
+    config = {**options, "graph": manifest.hash, "hash": digest, "versions": asdict(lowered)["versions"]}
+    (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _is_whole(program: Path) -> bool:
+    """Whether a program is there; one that has been damaged is an error, not a reason to use another."""
+    if not (program / MANIFEST_FILE).is_file():
+        return False
+    try:
+        verify_files(program, Manifest.read(program).files)
+    except ArtifactError as e:
+        raise ArtifactError(f"{e} Remove {program.parent} to compile again.") from e
+    return True
+
+
+def _check_sizes(manifest: Manifest, **sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ConfigError(f"{name} must be at least 1, not {size}")
+    ctx_len = sizes["ctx_len"]
+    if ctx_len is not None and manifest.max_positions and ctx_len > manifest.max_positions:
+        raise ConfigError(f"ctx_len is {ctx_len}, but the base's longest context is {manifest.max_positions}")
