@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Lifting: telling the adapter's tensors from the base's, and naming both.
+
+Every tensor of a model becomes an input of the traced function, so that nothing is baked into the graph. Afterwards
+the base's tensors turn into initializers, and the adapter's stay inputs. No PEFT method is named here; only LoRA's
+dynamic rank is.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.utils import get_peft_model_state_dict
+from torch import nn
+
+PEFT_PREFIX = "base_model.model."
+
+# Which dimension of which LoRA tensor is the rank. It is dynamic, so that one graph serves adapters of every rank.
+RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
+
+# Fields of a PeftConfig that leave no trace in the graph: they act in training, or through tensors and scalings.
+# Everything else does, so a field unknown to us costs a second export at worst, never a wrong graph.
+NOT_IN_GRAPH = frozenset(
+    "alpha alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode "
+    "init_lora_weights init_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config "
+    "module_dropout modules_to_save r rank_dropout rank_pattern revision runtime_config target_modules task_type "
+    "peft_version use_rslora ensure_weight_tying".split()
+)
+
+
+@dataclass(slots=True)
+class Lifted:
+    """The tensors of a model, by the names they get in the graph.
+
+    Attributes:
+        base: Base tensors by the base's own names.
+        adapter: Adapter tensors by their names in the adapter's file (buffers that no file holds: by module path).
+        scalings: The scaling of each adapted module, by input name.
+        sites: Parameter or buffer path in the module tree -> name in ``base`` or ``adapter``.
+        scaling_sites: Input name of a scaling -> path of its module.
+    """
+
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
+    scalings: dict[str, float] = field(default_factory=dict)
+    sites: dict[str, str] = field(default_factory=dict)
+    scaling_sites: dict[str, str] = field(default_factory=dict)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model inside a ``PeftModel``, or ``model`` itself."""
+    return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[union-attr, return-value]
+
+
+def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
+    """Name every tensor of ``model``.
+
+    Args:
+        model: A transformers model, or a ``PeftModel`` around one.
+        adapter_name: The adapter whose tensors become inputs; ``None`` for a plain base.
+    """
+    lifted = Lifted()
+    saved = _saved_names(model, adapter_name) if adapter_name is not None else {}
+    names: dict[Any, str] = {}
+    inner = inner_model(model)
+    tensors = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
+    for path, tensor in tensors:
+        key = _identity(tensor)
+        if key in names:
+            lifted.sites[path] = names[key]
+            continue
+        if key in saved:
+            name, group = saved[key], lifted.adapter
+        elif adapter_name is not None and adapter_name in path.split("."):
+            name, group = _without(path, adapter_name), lifted.adapter
+        else:
+            name, group = base_name(path), lifted.base
+        names[key] = lifted.sites[path] = name
+        group[name] = tensor
+    if adapter_name is not None:
+        _lift_scalings(inner, adapter_name, lifted)
+    return lifted
+
+
+def base_name(path: str) -> str:
+    """Return the base's own name of a tensor that PEFT has wrapped: its name in the checkpoint."""
+    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
+
+
+def rank_axis(name: str) -> int | None:
+    """Return the dimension of adapter tensor ``name`` that is the rank, or ``None``."""
+    for part in reversed(name.split(".")):
+        if part in RANK_AXIS:
+            return RANK_AXIS[part] if not name.endswith(".bias") else None
+    return None
+
+
+def graph_fields(peft_config: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of a PeftConfig (as a dict) that can shape the graph, JSON-ready, without empty ones."""
+    fields = {k: v for k, v in peft_config.items() if k not in NOT_IN_GRAPH}
+    return {k: plain(v) for k, v in sorted(fields.items()) if v not in (None, False, [], {}, set())}
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` with sets sorted and enums as text, ready for JSON."""
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(getattr(value, "value", value))
+
+
+def _saved_names(model: nn.Module, adapter_name: str) -> dict[Any, str]:
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {_identity(tensor): name for name, tensor in state.items()}
+
+
+def _identity(tensor: torch.Tensor) -> Any:
+    """Return what two views of one tensor share, and two different tensors do not, on any device."""
+    storage = tensor.untyped_storage()._cdata
+    return storage, tensor.storage_offset(), tuple(tensor.shape)
+
+
+def _without(path: str, adapter_name: str) -> str:
+    return PEFT_PREFIX + ".".join(part for part in path.split(".") if part != adapter_name)
+
+
+def _lift_scalings(inner: nn.Module, adapter_name: str, lifted: Lifted) -> None:
+    for path, module in inner.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), int | float):
+            name = f"{PEFT_PREFIX}{path}.scaling"
+            lifted.scalings[name] = float(scaling[adapter_name])
+            lifted.scaling_sites[name] = path

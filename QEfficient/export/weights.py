@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where a graph's base weights lie: in the checkpoint, linked beside the graph, or in a file written for it.
+
+Knows safetensors files; knows no model.
+"""
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+import xxhash
+from safetensors.torch import save_file
+
+from QEfficient.errors import ArtifactError
+from QEfficient.store import digest_file, link_or_copy
+
+_DTYPES = {
+    "F64": ir.DataType.DOUBLE,
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I64": ir.DataType.INT64,
+    "I32": ir.DataType.INT32,
+    "BOOL": ir.DataType.BOOL,
+}
+WRITTEN_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A tensor inside a safetensors file: where its bytes are.
+
+    Attributes:
+        path: The file.
+        offset: First byte, from the start of the file.
+        length: Bytes.
+        dtype: Element type.
+        shape: Dimensions.
+    """
+
+    path: Path
+    offset: int
+    length: int
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+
+def read_refs(path: Path) -> dict[str, TensorRef]:
+    """Return the tensors of a safetensors file, by name, reading its header only.
+
+    Raises:
+        ArtifactError: The file is truncated or not a safetensors file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        head = f.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if 8 + length > size:
+            raise ArtifactError(f"{path} is truncated: its header does not fit its {size} bytes")
+        try:
+            header = json.loads(f.read(length))
+        except ValueError as e:
+            raise ArtifactError(f"{path} is not a safetensors file: {e}") from e
+    header.pop("__metadata__", None)
+    refs = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        if 8 + length + end > size:
+            raise ArtifactError(f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
+        if entry["dtype"] in _DTYPES:
+            shape = tuple(entry["shape"])
+            refs[name] = TensorRef(path, 8 + length + start, end - start, _DTYPES[entry["dtype"]], shape)
+    return refs
+
+
+class Checkpoint:
+    """The safetensors files of a base model's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.refs: dict[str, TensorRef] = {}
+        for path in self._files():
+            self.refs.update(read_refs(path))
+        self._digests: dict[Path, str] = {}
+
+    def digest(self, path: Path) -> str:
+        """Return the digest of one file, computed once."""
+        if path not in self._digests:
+            self._digests[path] = digest_file(path)
+        return self._digests[path]
+
+    def identity(self) -> str:
+        """Return a digest of all weights: equal for equal files, whatever their folder is called."""
+        hasher = xxhash.xxh3_128()
+        for path in self._files():
+            hasher.update(f"{path.name} {self.digest(path)}\n".encode())
+        return hasher.hexdigest()
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            return [self.folder / name for name in sorted(names)]
+        single = self.folder / "model.safetensors"
+        return [single] if single.is_file() else []
+
+
+def identity_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return a digest of tensors in memory: names, types, shapes and bytes."""
+    hasher = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        hasher.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        hasher.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+    return hasher.hexdigest()
+
+
+def link_weights(
+    wanted: Mapping[str, Iterable[str]], checkpoint: Checkpoint | None, memory: Mapping[str, torch.Tensor], folder: Path
+) -> dict[str, TensorRef]:
+    """Put the base's weights beside the graph, and say where each lies.
+
+    Args:
+        wanted: Graph name -> names under which the checkpoint may hold it (tied weights have several).
+        checkpoint: Files to link; ``None`` if the model came from memory.
+        memory: Tensors that no checkpoint holds, by graph name: they are written.
+        folder: The graph's folder.
+
+    Returns:
+        For each name of ``wanted`` that was found: its place in a file of ``folder``.
+    """
+    placed: dict[str, TensorRef] = {}
+    linked: dict[Path, Path] = {}
+    for name, aliases in wanted.items():
+        ref = next((checkpoint.refs[a] for a in aliases if a in checkpoint.refs), None) if checkpoint else None
+        if ref is None or name in memory:
+            continue
+        if ref.path not in linked:
+            linked[ref.path] = folder / f"weights-{len(linked) + 1:05}.safetensors"
+            link_or_copy(ref.path, linked[ref.path])
+        placed[name] = TensorRef(linked[ref.path], ref.offset, ref.length, ref.dtype, ref.shape)
+    rest = {n: memory[n].detach().cpu().contiguous() for n in wanted if n not in placed and n in memory}
+    if rest:
+        save_file(rest, folder / WRITTEN_FILE)
+        placed.update(read_refs(folder / WRITTEN_FILE))
+    return placed
