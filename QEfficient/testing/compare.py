@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Logits against logits: how far, where, and how much of the adapter's effect arrives. Knows no model."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
+
+LOGITS_TOLERANCE = 1e-4
+"""Largest difference of float32 logits, relative to the range (largest minus smallest) of the logits at that position."""
+EFFECT_TOLERANCE = 1e-2
+"""Largest difference relative to the adapter's own effect."""
+FLOAT32_NOISE = 1e-5
+"""Differences below this part of the range can be rounding: two float32 engines were seen to differ by up to 5e-6."""
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """How far ``P`` positions of one engine are from PyTorch.
+
+    Attributes:
+        labels: Where each position is, ``"prefill 47"`` for example.
+        errors: Largest absolute difference of each position, relative to the range there, ``(P,)``.
+        effects: Largest absolute change that the adapter makes at each position, relative to the range, ``(P,)``; empty for the base.
+        tokens: The token of the largest difference at each position, ``(P,)``.
+        agreement: Sum over positions of the engine's change (against PyTorch's base) times PyTorch's change.
+        energy: Sum over positions of PyTorch's change squared.
+    """
+
+    labels: tuple[str, ...]
+    errors: npt.NDArray[np.float64]
+    effects: npt.NDArray[np.float64]
+    tokens: npt.NDArray[np.int64]
+    agreement: float = 0.0
+    energy: float = 0.0
+
+    @property
+    def worst(self) -> int:
+        """Index of the position with the largest difference; one that is not finite counts as the largest."""
+        return int(np.argmax(np.nan_to_num(self.errors, nan=np.inf)))
+
+    @property
+    def error(self) -> float:
+        """Largest difference relative to the range."""
+        return float(self.errors[self.worst])
+
+    @property
+    def effect(self) -> float:
+        """Largest change that the adapter makes, relative to the range."""
+        return float(self.effects.max()) if self.effects.size else 0.0
+
+    @property
+    def gain(self) -> float:
+        """How much of the adapter's effect arrives: 1 is all of it, 0 nothing, 2 twice as much."""
+        return self.agreement / self.energy if self.energy else 0.0
+
+
+def difference(labels: list[str], got: Logits, want: Logits, base: Logits | None = None) -> Difference:
+    """Compare logits of the same positions.
+
+    Args:
+        labels: Where each position is.
+        got: The engine's logits, ``(P, V)``.
+        want: PyTorch's logits with the adapter, ``(P, V)``.
+        base: PyTorch's logits without it, ``(P, V)``; None when the subject is the base.
+    """
+    got64, want64 = got.astype(np.float64), want.astype(np.float64)
+    span = np.maximum(want64.max(axis=1) - want64.min(axis=1), np.finfo(np.float32).tiny)
+    absolute = np.abs(got64 - want64)
+    tokens = np.nan_to_num(absolute, nan=np.inf).argmax(axis=1)
+    errors = absolute.max(axis=1) / span
+    if base is None:
+        return Difference(tuple(labels), errors, np.zeros(0), tokens)
+    change = want64 - base
+    effects = np.abs(change).max(axis=1) / span
+    agreement, energy = float(np.sum((got64 - base) * change)), float(np.sum(change * change))
+    return Difference(tuple(labels), errors, effects, tokens, agreement, energy)
+
+
+def joined(parts: list[Difference]) -> Difference:
+    """Return several comparisons of one subject as one."""
+    return Difference(
+        tuple(label for p in parts for label in p.labels),
+        np.concatenate([p.errors for p in parts]),
+        np.concatenate([p.effects for p in parts]),
+        np.concatenate([p.tokens for p in parts]),
+        sum(p.agreement for p in parts),
+        sum(p.energy for p in parts),
+    )
+
+
+def says_gain(gain: float) -> str:
+    """Put into words how much of the adapter's effect arrives."""
+    if not np.isfinite(gain):
+        return "its output is not finite"
+    if abs(gain) < 0.05:
+        return "none of the adapter's effect arrives"
+    if abs(gain - 1) < 0.05:
+        return "the adapter is applied, and something is added"
+    return f"the adapter's effect arrives {gain:.2f} times"

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The report as text for a terminal of 80 columns: the verdict, the reasons, the matrix, the speed."""
+
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
+from QEfficient.testing.text import MARKS, METRICS, PARTS, number, ratio, size
+
+_COLOUR = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.WARN: "yellow", Outcome.SKIP: "bright_black"}
+_MOST_REASONS = 12
+
+
+def render(report: Report, width: int = 80) -> str:
+    """Return the report as plain text."""
+    console = Console(width=width, no_color=True, highlight=False, emoji=False, legacy_windows=False)
+    with console.capture() as capture:
+        console.print(view(report))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def view(report: Report) -> RenderableType:
+    """Return the report as something that rich prints, in colour."""
+    colour = _COLOUR[report.verdict]
+    head = Text.assemble((f" {report.verdict.value.upper()} ", f"bold white on {colour}"), "  ", report.summary())
+    parts: list[RenderableType] = [head, *_reasons(report), Text(), _matrix(report)]
+    if any(m.metric in METRICS for m in report.measurements):
+        parts += [Text(), _speed(report)]
+    return Group(*parts)
+
+
+def _reasons(report: Report) -> list[RenderableType]:
+    """What failed, then what was noticed."""
+    found = [*report.with_outcome(Outcome.FAIL), *report.with_outcome(Outcome.WARN)]
+    shown: list[RenderableType] = []
+    for result in found[:_MOST_REASONS]:
+        title = Text.assemble(
+            (MARKS[result.outcome], f"bold {_COLOUR[result.outcome]}"),
+            (f" {result.subject}", "bold"),
+            f" · {result.stage.value} · {result.title}",
+        )
+        shown += [Text(), title, Padding(Text(result.message), (0, 0, 0, 2))]
+    if len(found) > _MOST_REASONS:
+        shown += [Text(), Text(f"… and {len(found) - _MOST_REASONS} more, in the report.")]
+    return shown
+
+
+def _matrix(report: Report) -> Table:
+    stages = [s for s in Stage if any(r.stage is s for r in report.results)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("checks passed", overflow="fold", max_width=28)
+    for stage in stages:
+        table.add_column(stage.value, justify="right")
+    table.add_column("largest error", justify="right")
+    for subject in report.subjects:
+        results = [r for r in report.results if r.subject == subject.name]
+        cells = [_cell([r for r in results if r.stage is stage]) for stage in stages]
+        table.add_row(subject.name, *cells, number(_largest_error(results)))
+    return table
+
+
+def _cell(results: list[CheckResult]) -> Text:
+    ran = [r for r in results if r.outcome is not Outcome.SKIP]
+    if not ran:
+        return Text(MARKS[Outcome.SKIP], style=_COLOUR[Outcome.SKIP])
+    worst = next(o for o in (Outcome.FAIL, Outcome.WARN, Outcome.PASS) if any(r.outcome is o for r in ran))
+    sound = sum(r.outcome is not Outcome.FAIL for r in ran)
+    return Text(f"{MARKS[worst]} {sound}/{len(ran)}", style=_COLOUR[worst])
+
+
+def _largest_error(results: list[CheckResult]) -> float | None:
+    """Return the largest logits error of graph and program, relative to the range of the logits."""
+    errors = [r.measured for r in results if r.unit == "of range" and r.measured is not None]
+    return max(errors, default=None)
+
+
+def _speed(report: Report) -> Table:
+    subject = report.adapters[0].name if report.adapters else report.base.name
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(f"efficiency ({subject})", overflow="fold", max_width=34)
+    for title in ("PyTorch", "program", "ratio"):
+        table.add_column(title, justify="right")
+    for metric, (title, unit, more_is_better) in METRICS.items():
+        pytorch, program = (report.value(engine, subject, metric) for engine in ("pytorch", "program"))
+        if pytorch is None and program is None:
+            continue
+        gain = ratio(pytorch, program, more_is_better)
+        cells = (number(pytorch, unit), number(program, unit), f"{gain:.2f} ×" if gain else MARKS[Outcome.SKIP])
+        table.add_row(title, *cells)
+    totals = [_memory(report, engine, subject) for engine in ("pytorch", "program")]
+    if all(totals):
+        table.add_row("Memory", size(totals[0]), size(totals[1]), f"{totals[0] / totals[1]:.2f} ×")
+    return table
+
+
+def _memory(report: Report, engine: str, subject: str) -> float:
+    return sum(report.value(engine, subject, f"memory_bytes.{part}") or 0.0 for part in PARTS)

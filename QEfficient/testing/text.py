@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Numbers as people read them; used by the renderings and by the checks' messages."""
+
+import math
+
+from QEfficient.testing.report import CheckResult
+
+MARKS = {"pass": "✓", "fail": "✗", "warn": "!", "skip": "–"}
+"""One character for each outcome."""
+
+METRICS = {
+    "load_seconds": ("Load", "s", False),
+    "prefill_tokens_per_second": ("Prefill", "tok/s", True),
+    "first_token_ms": ("First token", "ms", False),
+    "decode_tokens_per_second": ("Decode", "tok/s", True),
+    "token_latency_p50_ms": ("Token latency, median", "ms", False),
+    "token_latency_p90_ms": ("Token latency, 90 %", "ms", False),
+    "token_latency_p99_ms": ("Token latency, 99 %", "ms", False),
+    "switch_ms": ("Adapter switch", "ms", False),
+}
+"""Title, unit and whether more is better, of each metric that has a value for both engines."""
+
+PARTS = {"weights": "Weights", "adapters": "Adapters", "cache": "KV cache"}
+"""Title of each part of the memory; the metric is ``memory_bytes.<part>``."""
+
+
+def number(value: float | None, unit: str = "") -> str:
+    """Return about three significant digits: ``1.23e-06``, ``0.0412``, ``1,234``."""
+    if value is None:
+        return "–"
+    if unit == "bytes":
+        return size(value)
+    if not math.isfinite(value):
+        text = "not finite"
+    elif value == 0 or abs(value) >= 100:
+        text = f"{value:,.0f}"
+    elif abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    else:
+        text = f"{value:.3g}"
+    return f"{text} {unit}" if unit else text
+
+
+def size(value: float) -> str:
+    """Return bytes in the unit that fits: ``"51 kB"``."""
+    for unit in ("B", "kB", "MB"):
+        if abs(value) < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def ratio(pytorch: float | None, program: float | None, more_is_better: bool) -> float | None:
+    """Return how many times better the program is than PyTorch, or None if that cannot be said."""
+    if not pytorch or not program:
+        return None
+    return program / pytorch if more_is_better else pytorch / program
+
+
+def judged(result: CheckResult) -> str:
+    """Return what was measured and what it was held against: ``"2.1e-06 of 1e-04"``."""
+    if result.measured is None:
+        return ""
+    if result.tolerance is None:
+        return number(result.measured, result.unit)
+    word = "needs at least" if result.at_least else "allowed"
+    return f"{number(result.measured, result.unit)} ({word} {number(result.tolerance, result.unit)})"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``"1 tensor"``, ``"2 tensors"``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def listed(names: list[str], limit: int = 3) -> str:
+    """Return the first names and how many more there are."""
+    head = ", ".join(names[:limit])
+    return f"{head} and {len(names) - limit} more" if len(names) > limit else head
