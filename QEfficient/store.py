@@ -79,6 +79,7 @@ def written_aside(target: Path) -> Iterator[Path]:
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    aside.chmod(0o755)  # mkdtemp's folders are private; a graph is no secret
     try:
         yield aside
         _sync(aside)

@@ -72,19 +72,21 @@ class GraphCache(Cache):
         super().__init__(layers=[])
         self.keys, self.values, self.write_index = list(keys), list(values), write_index
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Write new keys and values, ``(B, H, S, D)``; return the whole cache of the layer, ``(B, H, C, D)``."""
         self.keys[layer_idx] = _scatter(self.keys[layer_idx], key_states, self.write_index)
         self.values[layer_idx] = _scatter(self.values[layer_idx], value_states, self.write_index)
         return self.keys[layer_idx], self.values[layer_idx]
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002, D102 -- positions are always given
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: D102 -- positions are always given
         return 0
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002, D102
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: D102
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002, D102
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: D102
         return self.keys[layer_idx].shape[2], 0
 
 
@@ -95,29 +97,31 @@ class ShapeCache(Cache):
         super().__init__(layers=[])
         self.shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
         """Record the shapes and return the inputs."""
         self.shapes[layer_idx] = (tuple(key_states.shape), tuple(value_states.shape))
         return key_states, value_states
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002, D102
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: D102
         return 0
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: ARG002, D102
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: D102
         return 0
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002, D102
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: D102
         return query_length, 0
 
 
 def onnx_attention(
-    module: torch.nn.Module,  # noqa: ARG001
+    module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    dropout: float = 0.0,  # noqa: ARG001
+    dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **_: Any,

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, Manifest
 from QEfficient.errors import ArtifactError, ConfigError
-from QEfficient.export.lift import Lifted, graph_fields, inner_model, lift, plain
+from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, rank_axis
 from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.trace import Traced, trace
 from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter
-from QEfficient.export.weights import Checkpoint, TensorRef, identity_of, link_weights
+from QEfficient.export.weights import Checkpoint, TensorRef, holds, identity_of, link_weights
 from QEfficient.store import record_file, verify_files, written_aside
 
 LOGITS_CHOICES = ("last", "all")
@@ -40,8 +41,8 @@ def export_graph(
         model: A transformers causal LM, or a ``PeftModel`` around one; left as it was.
         destination: Folder name without the hash.
         adapter_name: The adapter whose structure the graph takes; its tensors become inputs.
-        checkpoint: Files that hold the base's weights: they are linked, and the model's own are not looked at.
-            ``None`` writes the model's weights beside the graph.
+        checkpoint: Files that the base was loaded from. If they hold exactly what the model holds (a model without
+            memory, on ``meta``, is taken at its word), they are linked; otherwise the model's weights are written.
         logits: ``"last"`` or ``"all"``: see the contract.
 
     Returns:
@@ -55,8 +56,8 @@ def export_graph(
         raise ConfigError(f"logits must be one of {', '.join(LOGITS_CHOICES)}, not {logits!r}")
     skeleton = skeleton_of(model)
     lifted = lift(skeleton, adapter_name)
-    memory = _base_tensors(model, lifted) if checkpoint is None else {}
-    manifest = _describe(skeleton, lifted, adapter_name, checkpoint, memory, logits)
+    base = _Base.of(model, lifted, checkpoint)
+    manifest = _describe(skeleton, lifted, adapter_name, base, logits)
     folder = Path(f"{destination}-{manifest.hash}")
     if is_whole(folder):
         return folder
@@ -64,9 +65,12 @@ def export_graph(
     passes: tuple[Pass, ...] = (FoldConstants(), NameNodes(), RetainAdapter(tuple(a.name for a in traced.adapter)))
     for step in passes:
         step.apply(traced.model)
+    # Now, while the weights are inputs still: the checker refuses to look at hard-linked files.
+    onnx.checker.check_model(ir.to_proto(traced.model), full_check=True)
     with written_aside(folder) as aside:
-        _write(traced, lifted, checkpoint, memory, aside)
-        _manifest_with(manifest, traced, checkpoint, aside).write(aside)
+        _write(traced, base, aside)
+        files = {p.name: record_file(p) for p in sorted(aside.iterdir())}
+        replace(manifest, states=traced.states, adapter=traced.adapter, files=files).write(aside)
     return folder
 
 
@@ -81,19 +85,59 @@ def is_whole(folder: Path) -> bool:
     return True
 
 
-def _base_tensors(model: nn.Module, lifted: Lifted) -> dict[str, Tensor]:
-    """Return the real tensors of ``model`` for the base names of its skeleton."""
-    inner = inner_model(model)
-    real = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers(remove_duplicate=False))
-    return {name: real[path].detach() for path, name in reversed(lifted.sites.items()) if name in lifted.base}
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """Where the base's weights come from.
+
+    Attributes:
+        checkpoint: Files to link, or ``None``.
+        memory: Weights to write, by graph name; empty if the files are linked.
+        buffers: Small tensors computed from the configuration (rotary frequencies): they go into the graph itself.
+        aliases: Names under which a checkpoint may hold each tensor: tied weights have several.
+    """
+
+    checkpoint: Checkpoint | None
+    memory: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    aliases: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, model: nn.Module, lifted: Lifted, checkpoint: Checkpoint | None) -> "_Base":
+        inner = inner_model(model)
+        real = dict(inner.named_parameters(remove_duplicate=False)) | dict(inner.named_buffers(remove_duplicate=False))
+        aliases: dict[str, list[str]] = {name: [] for name in lifted.base}
+        paths: dict[str, str] = {}
+        for path, name in lifted.sites.items():
+            if name in aliases:
+                aliases[name].append(base_name(path))
+                paths.setdefault(name, path)
+        in_files = checkpoint.refs if checkpoint else {}
+        buffers = {
+            name: tensor
+            for name, tensor in lifted.base.items()
+            if tensor.device.type != "meta" and not any(alias in in_files for alias in aliases[name])
+        }
+        weights = {n: real[paths[n]].detach() for n in lifted.base if n not in buffers}
+        if checkpoint and (_on_meta(weights) or holds(checkpoint, weights, aliases)):
+            return cls(checkpoint, {}, buffers, aliases)
+        if _on_meta(weights):
+            raise ArtifactError("the model has no weights in memory, and no checkpoint was given that holds them")
+        return cls(None, weights, buffers, aliases)
+
+    def identity(self) -> str:
+        """Return a digest of the weights."""
+        return self.checkpoint.identity() if self.checkpoint else identity_of(dict(sorted(self.memory.items())))
+
+
+def _on_meta(tensors: Mapping[str, Tensor]) -> bool:
+    return any(t.device.type == "meta" for t in tensors.values())
 
 
 def _describe(
     skeleton: nn.Module,
     lifted: Lifted,
     adapter_name: str | None,
-    checkpoint: Checkpoint | None,
-    memory: Mapping[str, Tensor],
+    weights: _Base,
     logits: str,
 ) -> Manifest:
     """Return the manifest without states and files; its hash covers everything that shapes the graph."""
@@ -102,7 +146,7 @@ def _describe(
     base = {
         "architecture": type(inner_model(skeleton)).__name__,
         "config": _config_dict(config),
-        "weights": checkpoint.identity() if checkpoint else identity_of(dict(sorted(memory.items()))),
+        "weights": weights.identity(),
     }
     peft_config = plain(skeleton.peft_config[adapter_name].to_dict()) if adapter_name is not None else {}  # type: ignore[union-attr, index, operator]
     versions = {name: version(name) for name in _VERSIONED}
@@ -126,8 +170,6 @@ def _describe(
 
 def _ranked(lifted: Lifted) -> list[tuple[str, Tensor]]:
     """Return adapter tensors as the graph sees them: the rank, which is dynamic, set to one."""
-    from QEfficient.export.lift import rank_axis
-
     out = []
     for name, tensor in lifted.adapter.items():
         axis = rank_axis(name)
@@ -142,39 +184,33 @@ def _config_dict(config: Any) -> dict[str, Any]:
     return {k: plain(v) for k, v in config.to_dict().items() if k not in drop}
 
 
-def _write(traced: Traced, lifted: Lifted, checkpoint: Checkpoint | None, memory: Mapping[str, Tensor], folder: Path) -> None:
+def _write(traced: Traced, base: _Base, folder: Path) -> None:
     """Turn base inputs into initializers and save the graph."""
     graph = traced.model.graph
-    aliases: dict[str, list[str]] = {name: [] for name in lifted.base}
-    for path, name in lifted.sites.items():
-        if name in aliases:
-            aliases[name].append(path.replace(".base_layer", "").replace(".original_module", ""))
     inputs = {v.name: v for v in graph.inputs}
-    used = {n: names for n, names in aliases.items() if inputs[n].uses()}
-    buffers = {n: t for n, t in lifted.base.items() if t.device.type != "meta"}
-    in_files = checkpoint.refs if checkpoint else {}
-    written = {n: memory[n] for n in used if n in memory and n not in buffers}
-    small = {n: buffers[n] for n in used if n in buffers and not any(a in in_files for a in used[n])}
-    placed = link_weights({n: a for n, a in used.items() if n not in small}, checkpoint, written, folder)
-    missing = [n for n in used if n not in placed and n not in small]
-    if missing:
-        raise ArtifactError(f"the checkpoint {checkpoint.folder if checkpoint else ''} lacks the weight {missing[0]!r}")
+    used = [name for name in traced.base if inputs[name].uses()]
+    wanted = {n: base.aliases[n] for n in used if n not in base.buffers}
+    placed = link_weights(wanted, base.checkpoint, {n: base.memory[n] for n in wanted if n in base.memory}, folder)
     for name in traced.base:
         graph.inputs.remove(inputs[name])
     for name in used:
-        _initialize(traced.model, inputs[name], placed.get(name), small.get(name), folder)
+        if name in base.buffers:
+            inputs[name].const_value = ir.tensor(base.buffers[name].numpy(), name=name)
+            graph.initializers.add(inputs[name])
+        elif name in placed:
+            _initialize(traced.model, inputs[name], placed[name], folder)
+        else:
+            source = base.checkpoint.folder if base.checkpoint else "memory"
+            raise ArtifactError(f"the base's weights ({source}) lack {name!r}, which the model needs")
     ir.save(traced.model, folder / MODEL_FILE)
-    onnx.checker.check_model(str(folder / MODEL_FILE))
 
 
-def _initialize(model: ir.Model, value: ir.Value, ref: TensorRef | None, small: Tensor | None, folder: Path) -> None:
-    """Make ``value`` an initializer: bytes in a file, or a small tensor in the graph; half precision is cast."""
-    if ref is None:
-        value.const_value = ir.tensor((small.numpy() if small is not None else None), name=value.name)
-        model.graph.initializers.add(value)
-        return
+def _initialize(model: ir.Model, value: ir.Value, ref: TensorRef, folder: Path) -> None:
+    """Make ``value`` an initializer whose bytes lie in a file of ``folder``; half precision is cast where it is read."""
     if tuple(ref.shape) != tuple(value.shape or ()):
-        raise ArtifactError(f"weight {value.name!r} has shape {ref.shape} in {ref.path.name}, the model needs {value.shape}")
+        raise ArtifactError(
+            f"weight {value.name!r} has shape {ref.shape} in {ref.path.name}, the model needs {value.shape}"
+        )
     location = str(ref.path.name)
     external = ir.ExternalTensor(
         location, ref.offset, ref.length, ref.dtype, shape=ir.Shape(ref.shape), name=value.name or "", base_dir=folder
@@ -190,10 +226,3 @@ def _initialize(model: ir.Model, value: ir.Value, ref: TensorRef | None, small: 
         value.shape, value.type = ir.Shape(ref.shape), ir.TensorType(ref.dtype)
     value.const_value = external
     model.graph.initializers.add(value)
-
-
-def _manifest_with(manifest: Manifest, traced: Traced, checkpoint: Checkpoint | None, folder: Path) -> Manifest:
-    from dataclasses import replace
-
-    files = {p.name: record_file(p) for p in sorted(folder.iterdir()) if p.is_file()}
-    return replace(manifest, states=traced.states, adapter=traced.adapter, files=files)

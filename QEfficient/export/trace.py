@@ -92,7 +92,9 @@ class _Program(nn.Module):
             out = self.run(input_ids, position_ids, cache, base, adapter, scalings)
         return out, [t for pair in zip(cache.keys, cache.values, strict=True) for t in pair]
 
-    def run(self, input_ids: Tensor, position_ids: Tensor, cache: Any, base: Any, adapter: Any, scalings: Any) -> Tensor:
+    def run(
+        self, input_ids: Tensor, position_ids: Tensor, cache: Any, base: Any, adapter: Any, scalings: Any
+    ) -> Tensor:
         """Call the model with every tensor replaced, and return its logits."""
         named = dict(zip(self.lifted.base, base, strict=True)) | dict(zip(self.lifted.adapter, adapter, strict=True))
         tensors = {path: named[name] for path, name in self.lifted.sites.items()}
@@ -173,7 +175,14 @@ def _export(program: _Program, fakes: _Fakes, states: tuple[StateSpec, ...]) -> 
     dynamic = torch.export.Dim.DYNAMIC
     ids = {0: batch, 1: sequence}
     ranks = [{a: dynamic} if (a := rank_axis(name)) is not None else {} for name in program.lifted.adapter]
-    shapes = (ids, ids, [{0: batch, 2: context} for _ in states], [{}] * len(fakes.base), ranks, [{}] * len(fakes.scalings))
+    shapes = (
+        ids,
+        ids,
+        [{0: batch, 2: context} for _ in states],
+        [{}] * len(fakes.base),
+        ranks,
+        [{}] * len(fakes.scalings),
+    )
     args = (fakes.ids, fakes.positions, fakes.states(states), fakes.base, fakes.adapter, fakes.scalings)
     try:
         return torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
@@ -181,7 +190,9 @@ def _export(program: _Program, fakes: _Fakes, states: tuple[StateSpec, ...]) -> 
         raise
     except Exception as e:
         reason = str(e).strip().splitlines()[0][:300]
-        raise UnsupportedError(f"PyTorch cannot trace {type(program.inner).__name__}: {type(e).__name__}: {reason}") from e
+        raise UnsupportedError(
+            f"PyTorch cannot trace {type(program.inner).__name__}: {type(e).__name__}: {reason}"
+        ) from e
 
 
 def _example_shape(name: str, tensor: Tensor) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 import xxhash
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from QEfficient.errors import ArtifactError
@@ -70,7 +71,9 @@ def read_refs(path: Path) -> dict[str, TensorRef]:
     for name, entry in header.items():
         start, end = entry["data_offsets"]
         if 8 + length + end > size:
-            raise ArtifactError(f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}")
+            raise ArtifactError(
+                f"{path} is truncated: tensor {name!r} ends at byte {8 + length + end}, the file at {size}"
+            )
         if entry["dtype"] in _DTYPES:
             shape = tuple(entry["shape"])
             refs[name] = TensorRef(path, 8 + length + start, end - start, _DTYPES[entry["dtype"]], shape)
@@ -117,6 +120,25 @@ def identity_of(tensors: Mapping[str, torch.Tensor]) -> str:
         hasher.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         hasher.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
     return hasher.hexdigest()
+
+
+def holds(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], aliases: Mapping[str, Iterable[str]]) -> bool:
+    """Return whether the files hold exactly these tensors: same shapes, and same values after a cast, if any.
+
+    Args:
+        checkpoint: The files.
+        tensors: A base's weights by graph name.
+        aliases: Names under which the files may hold each of them.
+    """
+    opened = {path: safe_open(str(path), framework="pt") for path in {ref.path for ref in checkpoint.refs.values()}}
+    for name, tensor in tensors.items():
+        stored_as = next((a for a in aliases[name] if a in checkpoint.refs), None)
+        if stored_as is None:
+            return False
+        stored = opened[checkpoint.refs[stored_as].path].get_tensor(stored_as)
+        if stored.shape != tensor.shape or not torch.equal(stored.to(tensor.dtype), tensor.cpu()):
+            return False
+    return True
 
 
 def link_weights(

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Loading bases and attaching adapters, with errors that say what is wrong."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from QEfficient.errors import AdapterMismatchError, ConfigError
+from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, read_config, read_tensors, resolve
+
+
+def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **kwargs: Any) -> PreTrainedModel:
+    """Load a causal LM from a folder or the Hugging Face Hub.
+
+    Args:
+        base: Folder or Hub id.
+        dtype: Element type of its weights; ``"auto"`` for the checkpoint's.
+        **kwargs: Passed to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ConfigError: There is no model in that place.
+    """
+    if _looks_local(base) and not Path(base).is_dir():
+        raise ConfigError(f"base folder {str(base)!r} does not exist")
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, **kwargs)
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
+    return model.eval()
+
+
+def checkpoint_folder(base: str | Path) -> Path | None:
+    """Return the local folder that holds the safetensors files of a base, or ``None`` if it has none."""
+    folder = Path(base)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        for name in ("model.safetensors.index.json", "model.safetensors"):
+            found = try_to_load_from_cache(str(base), name)
+            if isinstance(found, str):
+                return Path(found).parent
+        return None
+    names = ("model.safetensors.index.json", "model.safetensors")
+    return folder if any((folder / n).is_file() for n in names) else None
+
+
+def attach(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path]) -> PeftModelForCausalLM:
+    """Put adapters on a base; the first becomes active. A rejected adapter leaves no trace.
+
+    Raises:
+        AdapterNotFoundError: An adapter is not where it should be.
+        ArtifactError: A file of an adapter is damaged.
+        AdapterMismatchError: An adapter was not made for this base.
+        ConfigError: A name that an adapter cannot have.
+    """
+    for name, path in adapters.items():
+        folder = resolve(path)
+        check_name(name)
+        config = read_config(folder)
+        read_tensors(folder / WEIGHTS_FILE)  # a damaged file must not reach PEFT, which changes the model first
+        config.inference_mode = True
+        try:
+            if isinstance(model, PeftModel):
+                _add(model, folder, name)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), adapter_name=name, config=config)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise AdapterMismatchError(
+                f"adapter {name!r} ({folder}) does not fit the base: {_first_difference(e)}"
+            ) from e
+    if not isinstance(model, PeftModelForCausalLM):
+        raise ConfigError(f"give at least one adapter of a causal LM; the model is {type(model).__name__}")
+    return model.eval()
+
+
+def _add(model: PeftModel, folder: Path, name: str) -> None:
+    try:
+        model.load_adapter(str(folder), adapter_name=name)
+    except Exception:
+        if name in model.peft_config:
+            model.delete_adapter(name)
+        raise
+
+
+def _first_difference(error: BaseException) -> str:
+    """Return the line of PEFT's or PyTorch's message that tells what differs."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return next(
+        (line for line in lines if line.startswith("size mismatch")), lines[0] if lines else type(error).__name__
+    )
+
+
+def _looks_local(base: str | Path) -> bool:
+    text = str(base)
+    return isinstance(base, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
