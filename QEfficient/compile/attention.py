@@ -78,7 +78,9 @@ def _writes_cache(scatter: ir.Node, attention: ir.Node) -> bool:
     if _int(scatter, "axis", -2) not in {2, -2} or (mode is not None and mode.as_string() != "linear"):
         return False
     past = scatter.inputs[0]
-    if past is None or not past.is_graph_input() or len(list(past.uses())) != 1:
+    if past is None or not past.is_graph_input():
+        return False
+    if any(use.node is not scatter and use.node.op_type != "Shape" for use in past.uses()):
         return False
     return all(use.node is attention for use in scatter.outputs[0].uses())
 

@@ -149,7 +149,7 @@ class OrtSession:
         """
         if batch_size < 1 or ctx_len < 1:
             raise ConfigError(f"batch_size and ctx_len must be at least 1, not {batch_size} and {ctx_len}")
-        if ctx_len > (longest := self.longest_context()):
+        if ctx_len > (longest := longest_context(self.manifest)):
             raise ConfigError(f"ctx_len is {ctx_len}, but the longest context of {self.folder} is {longest}")
         shapes = {s.name: _fill_in(s, batch_size, ctx_len) for s in self.manifest.states}
         need = sum(int(np.prod(shapes[s.name])) * np.dtype(s.dtype).itemsize for s in self.manifest.states)
@@ -166,11 +166,6 @@ class OrtSession:
             self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
             self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
             self._binding = self._bind_all()
-
-    def longest_context(self) -> int:
-        """Return the largest ``ctx_len`` that the base's positions and the program's options allow."""
-        limits = [self.manifest.max_positions, self.manifest.options.get("ctx_len") or 0]
-        return min((n for n in limits if n), default=np.iinfo(np.int64).max)
 
     def reset(self) -> None:
         """Empty the cache: what was filled becomes zero."""
@@ -341,6 +336,12 @@ class OrtSession:
         if binding is not None:
             for name, tensor in self._adapters[self._active].items():
                 _bind_input(binding, name, tensor)
+
+
+def longest_context(manifest: Manifest) -> int:
+    """Return the largest ``ctx_len`` that the base's positions and the program's options allow."""
+    limits = [manifest.max_positions, manifest.options.get("ctx_len") or 0]
+    return min((n for n in limits if n), default=int(np.iinfo(np.int64).max))
 
 
 def _bind_input(binding: Any, name: str, array: Array) -> None:
