@@ -51,6 +51,8 @@ class Candidate:
         exported: Adapter tensors found in the graph folder.
         fitted: Adapter tensors made from the adapters' own folders for this graph.
         names: The adapters.
+        broken: Why an adapter that lies in the graph folder cannot be used.
+        load_seconds: How long it took to open the folder and bind the adapters.
     """
 
     stage: Stage
@@ -60,6 +62,8 @@ class Candidate:
     exported: dict[str, Tensors]
     fitted: dict[str, Tensors]
     names: tuple[str, ...]
+    broken: dict[str, str] = field(default_factory=dict)
+    load_seconds: float = 0.0
     _seen: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
     @property

@@ -40,6 +40,8 @@ def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
 
 def _ask_tensors(candidate: Candidate, subject: str) -> Finding:
     exported, fitted = candidate.exported.get(subject), candidate.fitted[subject]
+    if subject in candidate.broken:
+        return failed(f"The adapter in the graph folder cannot be used: {candidate.broken[subject]}")
     if exported is None:
         return skipped("The graph folder holds no such adapter; the adapter's own folder is used.")
     wrong = _differing(exported, fitted)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from QEfficient.contract import BASE
@@ -47,7 +47,7 @@ class Reference:
             if isinstance(self.model, PeftModel):
                 self.model.load_adapter(str(path), adapter_name=name)
             else:
-                self.model = PeftModel.from_pretrained(self.model, str(path), adapter_name=name)
+                self.model = PeftModelForCausalLM.from_pretrained(self.model, str(path), adapter_name=name)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             first = str(e).strip().splitlines()[0]
             raise AdapterMismatchError(f"adapter {name!r} ({path}) does not fit the base: {first}") from e

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``qefficient test``: prove that adapters work, and measure them."""
+
+import contextlib
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from QEfficient.cloud.__main__ import run as run_command
+from QEfficient.contract import BASE
+from QEfficient.errors import ConfigError
+from QEfficient.options import option, parse
+
+if TYPE_CHECKING:
+    from QEfficient.testing.report import Report
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Hold base and adapters against PyTorch + PEFT at every stage: files, PyTorch, exported graph, compiled program.
+
+    Exit code 0: every adapter functions; 1: a check failed; 2: what was given cannot be tested.
+    """
+
+    base: str = option(help="Folder or Hub id of the base model.", positional=True)
+    adapter: list[str] = option(help="An adapter and its name; may be repeated.", metavar="NAME=PATH")
+    graph: Path | None = option(None, "Test this exported graph, and the adapters in it, instead of exporting.", metavar="DIR")
+    report: Path | None = option(None, "Write report.html, report.json and junit.xml into this folder.", metavar="DIR")
+    only: list[str] = option([], "Run only checks of this name, 'graph.*' for example; may be repeated.", metavar="CHECK")
+    tokens: int = option(64, "Tokens to generate for each prompt.")
+    speed: bool = option(True, "Measure speed and memory.")
+    min_speedup: float | None = option(None, "Fail if the program decodes less than this many times as fast as PyTorch.")
+    max_overhead: str = option("", "Fail if an adapter makes the program's tokens slower by more than this, 15%% for example.")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    options = parse(Options, argv, prog="qefficient test")
+    adapters = parse_adapters(options.adapter)
+    if options.tokens < 1:
+        raise ConfigError(f"--tokens must be at least 1, not {options.tokens}")
+    from rich.console import Console
+
+    from QEfficient.testing.render_terminal import view
+
+    with _quiet(), _progress() as progress:
+        from QEfficient.testing.checks_efficiency import Budgets, parse_share
+        from QEfficient.testing.run import run
+
+        most = parse_share(options.max_overhead, "--max-overhead") if options.max_overhead else None
+        report = run(
+            options.base,
+            adapters,
+            graph=options.graph,
+            report_dir=options.report,
+            only=options.only,
+            greedy_tokens=options.tokens,
+            measure_speed=options.speed,
+            budgets=Budgets(options.min_speedup, most),
+            progress=progress,
+        )
+    Console(highlight=False, width=None if sys.stdout.isatty() else 80).print(view(report))
+    if options.report is not None:
+        print(f"\nreport: {options.report / 'report.html'}")
+    return exit_code(report)
+
+
+def exit_code(report: "Report") -> int:
+    """Return 0 if the verdict is a pass, otherwise 1."""
+    return 0 if report.verdict.value == "pass" else 1
+
+
+def parse_adapters(given: Sequence[str]) -> dict[str, str]:
+    """Return ``NAME=PATH`` pairs as a dict.
+
+    Raises:
+        ConfigError: A pair is malformed, a name is given twice or is ``"base"``.
+    """
+    found: dict[str, str] = {}
+    for pair in given:
+        name, equals, path = pair.partition("=")
+        if not equals or not name or not path:
+            raise ConfigError(f"--adapter takes NAME=PATH, for example sql=adapters/sql, not {pair!r}")
+        if name == BASE:
+            raise ConfigError(f"an adapter cannot be called {BASE!r}: that name means no adapter; choose another name")
+        if name in found:
+            raise ConfigError(f"two adapters are called {name!r} ({found[name]} and {path}); give each its own name")
+        found[name] = path
+    return found
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, str], None]]:
+    """Yield a function that shows what is being done; on a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+        task = shown.add_task("starting", total=None)
+        yield lambda what, subject: shown.update(task, description=f"{what} [bold]{subject}[/bold]")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' progress bars and warnings out of the verdict; what they warn of has a check of its own."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            logging.enable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("test"))

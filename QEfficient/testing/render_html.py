@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The report as one HTML file: no network, no script, light and dark, readable on a phone."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from QEfficient.testing import text
+from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
+
+_FLOOR = 1e-9
+_SCENARIOS = ("prefill", "chunked", "decode", "ragged")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One set of points of a plot: horizontal positions from 0 to 1, values, and the CSS class that colours it."""
+
+    label: str
+    style: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Differences of one subject at every position, on a log scale.
+
+    Attributes:
+        subject: Whose.
+        lines: What is drawn.
+        bands: Label, start and end of each part of the horizontal axis.
+        tolerance: Where the limit is drawn.
+        low: Exponent of the lower end of the scale.
+        high: Exponent of the upper end.
+    """
+
+    subject: str
+    lines: tuple[Line, ...]
+    bands: tuple[tuple[str, float, float], ...]
+    tolerance: float
+    low: int
+    high: int
+
+
+def render(report: Report) -> str:
+    """Return the report as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("QEfficient.testing"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": text.number, "size": text.size, "judged": text.judged, "level": _level}
+    results: dict[tuple[str, str], CheckResult] = {(r.subject, r.name): r for r in report.results}
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        marks=text.MARKS,
+        metrics=text.METRICS,
+        parts=text.PARTS,
+        ratio=text.ratio,
+        results=results,
+        columns=_columns(report),
+        plots=[p for s in report.subjects if (p := closeness(report, s.name)) is not None],
+        measured=_measured_subjects(report),
+        memory=memory(report),
+        tiles=_tiles(report),
+        slug=lambda r: f"{r.subject}-{r.name.replace('.', '-')}",
+    )
+
+
+def closeness(report: Report, subject: str) -> Plot | None:
+    """Collect the differences of a subject's graph and program at every position, or None if none were taken."""
+    found = {(r.stage, r.name.split(".")[1]): r for r in report.results if r.subject == subject and r.series}
+    lengths = {s: _length(found, s) for s in _SCENARIOS}
+    bands, start = [], 0.0
+    present = [s for s in _SCENARIOS if lengths[s]]
+    if not present:
+        return None
+    for scenario in present:
+        width = (2 + lengths[scenario]) / sum(2 + lengths[s] for s in present)
+        bands.append((scenario, start, start + width))
+        start += width
+    lines = [
+        _line(found, stage, series, label, style, bands)
+        for stage, series, label, style in (
+            (Stage.GRAPH, "adapter's effect", "what the adapter changes", "effect"),
+            (Stage.GRAPH, "difference", "graph", "graph"),
+            (Stage.PROGRAM, "difference", "program", "program"),
+        )
+    ]
+    drawn = tuple(line for line in lines if line.y)
+    values = [v for line in drawn for v in line.y if math.isfinite(v)]
+    high = max(0, math.ceil(math.log10(max([*values, _FLOOR]))))
+    low = min(-6, math.floor(math.log10(max(min(values, default=1e-6), _FLOOR))))
+    tolerance = next(r.tolerance for (_, s), r in found.items() if s in present)
+    return Plot(subject, drawn, tuple(bands), tolerance or 1e-4, low, high)
+
+
+def _length(found: dict[tuple[Stage, str], CheckResult], scenario: str) -> int:
+    sizes = [len(r.series[0].y) for (_, name), r in found.items() if name == scenario]
+    return max(sizes, default=0)
+
+
+def _line(
+    found: dict[tuple[Stage, str], CheckResult],
+    stage: Stage,
+    series: str,
+    label: str,
+    style: str,
+    bands: list[tuple[str, float, float]],
+) -> Line:
+    xs: list[float] = []
+    ys: list[float] = []
+    for scenario, begin, end in bands:
+        result = found.get((stage, scenario))
+        values = next((s.y for s in result.series if s.label == series), ()) if result else ()
+        xs += [begin + (end - begin) * (i + 1.5) / (len(values) + 2) for i in range(len(values))]
+        ys += values
+    return Line(label, style, tuple(xs), tuple(ys))
+
+
+def _level(value: float | None, low: int, high: int) -> float:
+    """Return where a value stands on a log scale, 0 for 10**low and 1 for 10**high; what is not finite stands at the top."""
+    if value is None or not math.isfinite(value):
+        return 1.0
+    return min(1.0, max(0.0, (math.log10(max(value, _FLOOR)) - low) / (high - low)))
+
+
+def _columns(report: Report) -> list[tuple[str, list[CheckResult]]]:
+    """Return the matrix's columns: for each stage one result of each of its checks, for names and titles."""
+    columns = []
+    for stage in Stage:
+        seen = {r.name: r for r in report.results if r.stage is stage}
+        if seen:
+            columns.append((stage.value, list(seen.values())))
+    return columns
+
+
+def _measured_subjects(report: Report) -> list[str]:
+    found = {m.subject for m in report.measurements if m.metric in text.METRICS}
+    return [s.name for s in reversed(report.subjects) if s.name in found][:6]
+
+
+def _tiles(report: Report) -> list[tuple[str, str, str]]:
+    """Return the few numbers that people look for first: title, value, what it means."""
+    tiles = []
+    errors = [r for r in report.results if r.unit == "of range" and r.measured is not None]
+    if errors:
+        worst = max(errors, key=lambda r: r.measured if r.measured is not None and math.isfinite(r.measured) else math.inf)
+        limit = text.number(worst.tolerance)
+        tiles.append(("Largest difference", text.number(worst.measured), f"of the logits' range; {limit} is allowed"))
+    tokens = [r for r in report.results if r.name.split(".")[1].startswith("greedy") and "tokens" in r.facts]
+    if tokens:
+        right = sum(int(r.facts["tokens"]) - int(r.measured or 0) for r in tokens)
+        total = sum(int(r.facts["tokens"]) for r in tokens)
+        tiles.append(("Generated tokens", f"{right:,} of {total:,}", "are PyTorch's choice"))
+    subject = report.adapters[0].name if report.adapters else report.base.name
+    for metric in ("decode_tokens_per_second", "prefill_tokens_per_second"):
+        title, _, more = text.METRICS[metric]
+        gain = text.ratio(report.value("pytorch", subject, metric), report.value("program", subject, metric), more)
+        if gain:
+            tiles.append((f"{title} speed", f"{gain:.2f} ×", "PyTorch + PEFT on this machine"))
+    counts = len([r for r in report.results if r.outcome is not Outcome.SKIP])
+    tiles.append(("Checks", f"{counts:,}", f"in {report.seconds:.0f} s"))
+    return tiles
+
+
+def memory(report: Report) -> dict[str, dict[str, float]]:
+    """Return bytes by engine and part."""
+    found: dict[str, dict[str, Any]] = {}
+    for m in report.measurements:
+        if m.metric.startswith("memory_bytes."):
+            found.setdefault(m.engine, {})[m.metric.split(".")[1]] = m.value
+    return found
