@@ -95,7 +95,7 @@ def closeness(report: Report, subject: str) -> Plot | None:
     drawn = tuple(line for line in lines if line.y)
     values = [v for line in drawn for v in line.y if math.isfinite(v)]
     high = max(0, math.ceil(math.log10(max([*values, _FLOOR]))))
-    low = min(-6, math.floor(math.log10(max(min(values, default=1e-6), _FLOOR))))
+    low = min(-8, math.floor(math.log10(max(min(values, default=1e-6), _FLOOR))))
     tolerance = next(r.tolerance for (_, s), r in found.items() if s in present)
     return Plot(subject, drawn, tuple(bands), tolerance or 1e-4, low, high)
 
@@ -134,15 +134,17 @@ def _columns(report: Report) -> list[tuple[str, list[CheckResult]]]:
     """Return the matrix's columns: for each stage one result of each of its checks, for names and titles."""
     columns = []
     for stage in Stage:
-        seen = {r.name: r for r in report.results if r.stage is stage}
-        if seen:
-            columns.append((stage.value, list(seen.values())))
+        found = [r for r in report.results if r.stage is stage]
+        of_adapters = {r.name: r for r in found if r.subject != report.base.name}
+        of_base = {r.name: r for r in found if r.name not in of_adapters}
+        if found:
+            columns.append((stage.value, [*of_base.values(), *of_adapters.values()]))
     return columns
 
 
 def _measured_subjects(report: Report) -> list[str]:
     found = {m.subject for m in report.measurements if m.metric in text.METRICS}
-    return [s.name for s in reversed(report.subjects) if s.name in found][:6]
+    return [s.name for s in (*report.adapters[:5], report.base) if s.name in found]
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -157,13 +159,13 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     if tokens:
         right = sum(int(r.facts["tokens"]) - int(r.measured or 0) for r in tokens)
         total = sum(int(r.facts["tokens"]) for r in tokens)
-        tiles.append(("Generated tokens", f"{right:,} of {total:,}", "are PyTorch's choice"))
+        tiles.append(("Generated tokens", f"{right:,}", f"of {total:,} are PyTorch's choice"))
     subject = report.adapters[0].name if report.adapters else report.base.name
     for metric in ("decode_tokens_per_second", "prefill_tokens_per_second"):
         title, _, more = text.METRICS[metric]
         gain = text.ratio(report.value("pytorch", subject, metric), report.value("program", subject, metric), more)
         if gain:
-            tiles.append((f"{title} speed", f"{gain:.2f} ×", "PyTorch + PEFT on this machine"))
+            tiles.append((f"{title} speed", f"{gain:.2f} ×", "that of PyTorch + PEFT, on this machine"))
     counts = len([r for r in report.results if r.outcome is not Outcome.SKIP])
     tiles.append(("Checks", f"{counts:,}", f"in {report.seconds:.0f} s"))
     return tiles
