@@ -49,7 +49,7 @@ def command(argv: Sequence[str]) -> int:
 
     with _quiet(), _progress() as progress:
         from QEfficient.testing.checks_efficiency import Budgets, parse_share
-        from QEfficient.testing.run import run
+        from QEfficient.testing.conformance import run
 
         most = parse_share(options.max_overhead, "--max-overhead") if options.max_overhead else None
         report = run(

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from QEfficient.testing.checks_efficiency import Budgets
     from QEfficient.testing.report import Report
-    from QEfficient.testing.run import run
+    from QEfficient.testing.conformance import run
 
 __all__ = ["Budgets", "Report", "run"]
 
 _HOMES = {
     "Budgets": "QEfficient.testing.checks_efficiency",
     "Report": "QEfficient.testing.report",
-    "run": "QEfficient.testing.run",
+    "run": "QEfficient.testing.conformance",
 }
 
 
