@@ -148,8 +148,12 @@ class SessionModel(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         use_cache: bool | None = None,
+        tokenizer: Any = None,
     ) -> dict[str, Any]:
-        """Return the arguments of :meth:`forward`: the columns that the cache lacks, and the mask of a padded prompt."""
+        """Return the arguments of :meth:`forward`: the columns that the cache lacks, and the mask of a padded prompt.
+
+        The other parameters are what transformers passes besides; it takes any argument without a parameter for a typo.
+        """
         if past_key_values is None:
             raise ConfigError("generation needs the session's cache")
         mask = attention_mask if past_key_values.columns == 0 else None
