@@ -119,7 +119,7 @@ def _ask_finite(files: AdapterFiles, subject: str) -> Finding:
         text = f"{counted(len(bad), 'tensor')} hold NaN or infinity, first {first} ({bad[first]} of {floats[first].size} values)."
         return failed(f"{text} Training diverged or the file is damaged; go back to an earlier checkpoint.", len(bad))
     largest = max((float(np.abs(t).max()) for t in floats.values() if t.size), default=0.0)
-    if largest > np.finfo(np.float16).max:
+    if largest > float(np.finfo(np.float16).max):
         text = f"The largest value is {largest:.3g}, more than float16 can hold; it becomes infinite in half precision."
         return Finding(Outcome.WARN, text, 0, {"largest value": largest})
     return passed("Every value of every tensor is finite.", 0, **{"largest value": largest})
