@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``QEffAutoPeftModelForCausalLM``: a PEFT model that can be exported, compiled and run, adapters as inputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,23 @@ class QEffAutoPeftModelForCausalLM:
         base = read_config(folder).base_model_name_or_path
         if not base:
             raise ConfigError(f"{folder} names no base model; load the base yourself and wrap it with PeftModel")
-        made = cls(attach(load_base(base, **kwargs), {adapter_name: folder}))
+        return cls.from_base(base, {adapter_name: folder}, **kwargs)
+
+    @classmethod
+    def from_base(
+        cls, base: str | Path, adapters: Mapping[str, str | Path], **kwargs: Any
+    ) -> "QEffAutoPeftModelForCausalLM":
+        """Load a base and adapters of it; the first adapter becomes active.
+
+        Args:
+            base: Folder or Hub id of the base.
+            adapters: Folders or Hub ids of the adapters, by name.
+            **kwargs: Passed to the base's ``from_pretrained``.
+
+        Raises:
+            QEffError: As :meth:`from_pretrained`.
+        """
+        made = cls(attach(load_base(base, **kwargs), adapters))
         found = checkpoint_folder(base)
         made._checkpoint = Checkpoint(found) if found is not None else None
         return made
