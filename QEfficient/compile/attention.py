@@ -8,6 +8,9 @@ whole cache. ``GroupQueryAttention`` of ONNX Runtime does both in one kernel, an
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from onnx_ir.passes import common
+
+from QEfficient.compile.masks import UNLIMITED, causal_window
 
 CONTRIB = "com.microsoft"
 
@@ -17,7 +20,7 @@ _HEADS_LAST = (0, 2, 1, 3)
 class FuseCacheAttention:
     """``TensorScatter``, ``TensorScatter``, ``Attention`` become one ``GroupQueryAttention``.
 
-    1. Only plain causal attention is replaced: no mask, ``is_causal=1``, ``nonpad_kv_seqlen = write_indices + S``.
+    1. Only causal attention is replaced, plain or in a sliding window, with ``nonpad_kv_seqlen = write_indices + S``.
     2. Only caches that are graph inputs, and whose new state nothing reads but this attention and a graph output.
     3. Only known, equal head sizes of keys and values.
 
@@ -44,18 +47,24 @@ class FuseCacheAttention:
             changed = True
         if changed:
             model.opset_imports.setdefault(CONTRIB, 1)
+            common.RemoveUnusedNodesPass()(model)  # masks that nothing reads any more
         return model, changed
 
 
-def _match(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
-    """Return the two ``TensorScatter`` nodes before a plain causal ``Attention`` over the cache, or ``None``."""
+def _match(node: ir.Node) -> tuple[ir.Node, ir.Node, int] | None:
+    """Return the two ``TensorScatter`` nodes before a causal ``Attention`` over the cache, and its window, or ``None``."""
     if node.op_type != "Attention" or node.domain not in {"", "ai.onnx"} or len(node.inputs) < 7:
         return None
     query, key, value, mask, past_key, past_value, nonpad = node.inputs[:7]
     if query is None or key is None or value is None or nonpad is None:
         return None
-    plain = mask is None and past_key is None and past_value is None and len(node.outputs) == 1
-    if not plain or _int(node, "is_causal", 0) != 1 or _int(node, "qk_matmul_output_mode", 0) != 0:
+    if past_key is not None or past_value is not None or len(node.outputs) != 1:
+        return None
+    if mask is None:
+        window = UNLIMITED if _int(node, "is_causal", 0) == 1 else None
+    else:
+        window = causal_window(mask)
+    if window is None:
         return None
     scatters = key.producer(), value.producer()
     if not all(s is not None and _writes_cache(s, node) for s in scatters):
@@ -68,7 +77,7 @@ def _match(node: ir.Node) -> tuple[ir.Node, ir.Node] | None:
     key_size, value_size = _dim(write_key.inputs[0], 3), _dim(write_value.inputs[0], 3)
     if key_size is None or key_size != value_size or None in (_dim(query, 1), _dim(write_key.inputs[0], 1)):
         return None
-    return write_key, write_value
+    return write_key, write_value, window
 
 
 def _writes_cache(scatter: ir.Node, attention: ir.Node) -> bool:
@@ -123,7 +132,13 @@ def _kernel_lengths(graph: ir.Graph, nonpad: ir.Value) -> tuple[ir.Value, ir.Val
 
 
 def _replace(
-    graph: ir.Graph, node: ir.Node, write_key: ir.Node, write_value: ir.Node, rows: ir.Value, total: ir.Value
+    graph: ir.Graph,
+    node: ir.Node,
+    write_key: ir.Node,
+    write_value: ir.Node,
+    window: int,
+    rows: ir.Value,
+    total: ir.Value,
 ) -> None:
     query = node.inputs[0]
     heads, kv_heads = _dim(query, 1), _dim(write_key.inputs[0], 1)
@@ -140,6 +155,7 @@ def _replace(
             "num_heads": heads,
             "kv_num_heads": kv_heads,
             "scale": scale.as_float() if scale is not None else size**-0.5,
+            "local_window_size": window,
             "softcap": softcap.as_float() if softcap is not None else 0.0,
         },
         domain=CONTRIB,
