@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: BSD-3-Clause
-# ruff: noqa: RUF009 -- option() declares a dataclass field
 """The options of fine-tuning: declared once, read from the command line, a file or keywords.
 
 Knows neither PyTorch nor PEFT, so that ``--help`` is fast; what only PEFT knows is checked in ``model``.

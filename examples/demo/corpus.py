@@ -51,6 +51,7 @@ REMARKS = (
 CATALOGUE = (
     "SELECT {item} FROM orders WHERE city = '{city}';",
     "UPDATE orders SET colour = '{colour}' WHERE customer = '{customer}';",
+    "INSERT INTO stock VALUES ({count}, '{item}');",
     "Stock on {day}: {count} {colour} {items}.",
     "Price list for {city}: {items}, {colour}, by {payment}.",
 )
