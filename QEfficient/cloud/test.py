@@ -28,13 +28,21 @@ class Options:
 
     base: str = option(help="Folder or Hub id of the base model.", positional=True)
     adapter: list[str] = option(help="An adapter and its name; may be repeated.", metavar="NAME=PATH")
-    graph: Path | None = option(None, "Test this exported graph, and the adapters in it, instead of exporting.", metavar="DIR")
+    graph: Path | None = option(
+        None, "Test this exported graph, and the adapters in it, instead of exporting.", metavar="DIR"
+    )
     report: Path | None = option(None, "Write report.html, report.json and junit.xml into this folder.", metavar="DIR")
-    only: list[str] = option([], "Run only checks of this name, 'graph.*' for example; may be repeated.", metavar="CHECK")
+    only: list[str] = option(
+        [], "Run only checks of this name, 'graph.*' for example; may be repeated.", metavar="CHECK"
+    )
     tokens: int = option(64, "Tokens to generate for each prompt.")
     speed: bool = option(True, "Measure speed and memory.")
-    min_speedup: float | None = option(None, "Fail if the program decodes less than this many times as fast as PyTorch.")
-    max_overhead: str = option("", "Fail if an adapter makes the program's tokens slower by more than this, 15%% for example.")
+    min_speedup: float | None = option(
+        None, "Fail if the program decodes less than this many times as fast as PyTorch."
+    )
+    max_overhead: str = option(
+        "", "Fail if an adapter makes the program's tokens slower by more than this, 15%% for example."
+    )
 
 
 def command(argv: Sequence[str]) -> int:
@@ -114,13 +122,13 @@ def _quiet() -> Iterator[None]:
         from transformers.utils import logging
 
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
             logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

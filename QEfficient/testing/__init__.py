@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from QEfficient.testing.checks_efficiency import Budgets
-    from QEfficient.testing.report import Report
     from QEfficient.testing.conformance import run
+    from QEfficient.testing.report import Report
 
 __all__ = ["Budgets", "Report", "run"]
 

@@ -13,6 +13,7 @@ from typing import Generic, TypeVar
 from QEfficient.testing.report import CheckResult, Outcome, Series, Stage
 
 C = TypeVar("C")
+Facts = dict[str, str | float | int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Finding:
     outcome: Outcome
     message: str
     measured: float | None = None
-    facts: dict[str, str | float | int] = field(default_factory=dict)
+    facts: Facts = field(default_factory=dict)
     series: tuple[Series, ...] = ()
 
 
@@ -78,14 +79,14 @@ class Check(Generic[C]):
         )
 
 
-def passed(message: str, measured: float | None = None, **facts: str | float | int) -> Finding:
+def passed(message: str, measured: float | None = None, facts: Facts | None = None) -> Finding:
     """Return a passing finding."""
-    return Finding(Outcome.PASS, message, measured, facts)
+    return Finding(Outcome.PASS, message, measured, facts or {})
 
 
-def failed(message: str, measured: float | None = None, **facts: str | float | int) -> Finding:
+def failed(message: str, measured: float | None = None, facts: Facts | None = None) -> Finding:
     """Return a failing finding."""
-    return Finding(Outcome.FAIL, message, measured, facts)
+    return Finding(Outcome.FAIL, message, measured, facts or {})
 
 
 def skipped(why: str) -> Finding:

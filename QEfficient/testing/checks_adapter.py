@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.options import suggest
 from QEfficient.store import digest_file
-from QEfficient.testing.check import Check, Finding, failed, passed, skipped
+from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import counted, listed, size
 
@@ -53,7 +53,7 @@ def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            model = AutoModelForCausalLM.from_config(base_config)
+            model = AutoModelForCausalLM.from_config(base_config)  # type: ignore[no-untyped-call]
             own = {_PREFIX + key: tuple(value.shape) for key, value in model.state_dict().items()}
             wrapped = PeftModel(model, copy.deepcopy(config), adapter_name="default", low_cpu_mem_usage=True)
             saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
@@ -80,22 +80,22 @@ def refuse_other_shapes(name: str, files: AdapterFiles) -> None:
 
 def _ask_files(files: AdapterFiles, subject: str) -> Finding:
     found = [p for p in (files.path / n for n in ("adapter_config.json", "adapter_model.safetensors")) if p.is_file()]
-    facts: dict[str, str | float | int] = {p.name: f"{size(p.stat().st_size)}, xxh3 {digest_file(p)}" for p in found}
+    facts: Facts = {p.name: f"{size(p.stat().st_size)}, xxh3 {digest_file(p)}" for p in found}
     types = sorted({str(t.dtype) for t in files.tensors.values()})
     facts |= {"method": str(files.config.peft_type.value), "tensors": len(files.tensors), "types": ", ".join(types)}
     if not files.tensors:
-        return failed("The adapter's file holds no tensor at all. Save the adapter again.", **facts)
-    return passed(f"Configuration and {counted(len(files.tensors), 'tensor')} can be read completely.", **facts)
+        return failed("The adapter's file holds no tensor at all. Save the adapter again.", facts=facts)
+    return passed(f"Configuration and {counted(len(files.tensors), 'tensor')} can be read completely.", facts=facts)
 
 
 def _ask_coverage(files: AdapterFiles, subject: str) -> Finding:
     missing = sorted(set(files.expected) - set(files.tensors))
     unused = sorted(set(files.tensors) - set(files.expected) - set(files.optional))
     total = len(files.expected)
-    facts: dict[str, str | float | int] = {"modules": len({_module(k) for k in files.expected}), "tensors": total}
+    facts: Facts = {"modules": len({_module(k) for k in files.expected}), "tensors": total}
     if not missing and not unused:
         text = f"All {total} tensors land in a module of the base, and every targeted module has its tensors."
-        return passed(text, 0, **facts)
+        return passed(text, 0, facts)
     facts |= {"without tensors": listed(missing, 8), "without module": listed(unused, 8)}
     said = []
     if missing:
@@ -107,8 +107,10 @@ def _ask_coverage(files: AdapterFiles, subject: str) -> Finding:
         said.append(
             f"{counted(len(unused), 'tensor')} of the file belong to no module, first {unused[0]}{f' ({hint})' if hint else ''}: PEFT drops them"
         )
-    text = "; ".join(said) + ". Check the names in the file, target_modules, and that this is the base it was trained on."
-    return failed(text, len(missing) + len(unused), **facts)
+    text = (
+        "; ".join(said) + ". Check the names in the file, target_modules, and that this is the base it was trained on."
+    )
+    return failed(text, len(missing) + len(unused), facts)
 
 
 def _ask_finite(files: AdapterFiles, subject: str) -> Finding:
@@ -122,13 +124,15 @@ def _ask_finite(files: AdapterFiles, subject: str) -> Finding:
     if largest > float(np.finfo(np.float16).max):
         text = f"The largest value is {largest:.3g}, more than float16 can hold; it becomes infinite in half precision."
         return Finding(Outcome.WARN, text, 0, {"largest value": largest})
-    return passed("Every value of every tensor is finite.", 0, **{"largest value": largest})
+    return passed("Every value of every tensor is finite.", 0, {"largest value": largest})
 
 
 def _ask_effect(files: AdapterFiles, subject: str) -> Finding:
     factors = {key: t for key, t in files.tensors.items() if re.search(r"\.(lora|gralora|delora)_B\b", key)}
     if not factors:
-        return skipped(f"{files.config.peft_type.value} has no factor that must not be zero; the PyTorch stage measures its effect.")
+        return skipped(
+            f"{files.config.peft_type.value} has no factor that must not be zero; the PyTorch stage measures its effect."
+        )
     dead = sorted(key for key, t in factors.items() if not np.any(t))
     if len(dead) == len(factors):
         text = f"All {len(dead)} lora_B tensors are zero: the adapter does nothing. It was saved before it was trained."

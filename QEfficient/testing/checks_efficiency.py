@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Budgets: what was measured, held against what the user asked for. Without budgets nothing is judged."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.testing.check import Check, Finding, skipped
 from QEfficient.testing.report import Measurement, Outcome
-from QEfficient.testing.text import number
+from QEfficient.testing.text import TIMES, number
 
 _DECODE = "decode_tokens_per_second"
 Found = dict[tuple[str, str], float]
@@ -47,15 +48,19 @@ def checks(budgets: Budgets) -> tuple[Check[list[Measurement]], ...]:
     if budgets.min_speedup is not None:
         why = "Asked for with --min-speedup; a ratio within one run, so that the machine's load hits both sides."
         title = "Decode speed against PyTorch"
-        found.append(Check("speedup", title, why, _ask_speedup(budgets.min_speedup), budgets.min_speedup, "×", True, True))
+        found.append(
+            Check("speedup", title, why, _ask_speedup(budgets.min_speedup), budgets.min_speedup, TIMES, True, True)
+        )
     if budgets.max_overhead is not None:
         why = "Asked for with --max-overhead; time for each token with the adapter against the base, within one run."
         title = "Cost of the adapter"
-        found.append(Check("overhead", title, why, _ask_overhead(budgets.max_overhead), budgets.max_overhead, "of base"))
+        found.append(
+            Check("overhead", title, why, _ask_overhead(budgets.max_overhead), budgets.max_overhead, "of base")
+        )
     return tuple(found)
 
 
-def _ask_speedup(least: float):  # type: ignore[no-untyped-def]
+def _ask_speedup(least: float) -> Callable[[list[Measurement], str], Finding]:
     def ask(measurements: list[Measurement], subject: str) -> Finding:
         found = _decode(measurements)
         if ("program", subject) not in found:
@@ -67,14 +72,16 @@ def _ask_speedup(least: float):  # type: ignore[no-untyped-def]
     return ask
 
 
-def _ask_overhead(most: float):  # type: ignore[no-untyped-def]
+def _ask_overhead(most: float) -> Callable[[list[Measurement], str], Finding]:
     def ask(measurements: list[Measurement], subject: str) -> Finding:
         found = _decode(measurements)
         if ("program", subject) not in found:
             return skipped("Not measured: the time allowed went to the adapters before this one.")
         cost = found["program", BASE] / found["program", subject] - 1
         outcome = Outcome.PASS if cost <= most else Outcome.FAIL
-        return Finding(outcome, f"With the adapter a token takes {number(100 * cost)} % longer than with the base.", cost)
+        return Finding(
+            outcome, f"With the adapter a token takes {number(100 * cost)} % longer than with the base.", cost
+        )
 
     return ask
 

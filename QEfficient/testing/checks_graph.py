@@ -12,7 +12,7 @@ from QEfficient.contract import BASE, Manifest
 from QEfficient.errors import ArtifactError
 from QEfficient.store import verify_files
 from QEfficient.testing.candidate import SCENARIOS, Candidate
-from QEfficient.testing.check import Check, Finding, failed, passed, skipped
+from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.checks_tokens import ask_greedy, ask_greedy_batch
 from QEfficient.testing.compare import (
     EFFECT_TOLERANCE,
@@ -25,7 +25,9 @@ from QEfficient.testing.compare import (
 from QEfficient.testing.report import Outcome, Series, Stage
 from QEfficient.testing.text import counted, listed, number
 
-_FLOAT32 = "Float32 engines that add in another order stay below 1e-05 of the logits' range; a wrong model is far above 1e-04."
+_FLOAT32 = (
+    "Float32 engines that add in another order stay below 1e-05 of the logits' range; a wrong model is far above 1e-04."
+)
 
 
 def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
@@ -33,9 +35,9 @@ def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
     try:
         verify_files(candidate.folder, files, full=True)
     except ArtifactError as e:
-        return failed(f"The folder is not what was written: {e}")
+        return failed(f"The folder is not what was written: {str(e).replace(f'{candidate.folder}/', '')}")
     read = sum(int(f["bytes"]) for f in files.values())
-    return passed(f"{counted(len(files), 'file')} have the digests that were recorded.", bytes=read)
+    return passed(f"{counted(len(files), 'file')} have the digests that were recorded.", facts={"bytes": read})
 
 
 def _ask_tensors(candidate: Candidate, subject: str) -> Finding:
@@ -55,8 +57,10 @@ def _ask_tensors(candidate: Candidate, subject: str) -> Finding:
     if len(scalings) == len(wrong):
         ours, theirs = (float(t[wrong[0]]) for t in (exported, fitted))
         text = f"The graph scales the adapter by {ours:g}, its configuration now says {theirs:g} (lora_alpha, r or use_rslora"
-        return failed(f"{text} was changed after the export, in {counted(len(wrong), 'module')}). Export again.", len(wrong))
-    facts: dict[str, str | float | int] = {"differ": listed(wrong, 8)}
+        return failed(
+            f"{text} was changed after the export, in {counted(len(wrong), 'module')}). Export again.", len(wrong)
+        )
+    facts: Facts = {"differ": listed(wrong, 8)}
     text = f"{len(wrong)} of {len(fitted)} tensors differ from the adapter's folder, first {wrong[0]}. Export again."
     return Finding(Outcome.FAIL, text, len(wrong), facts)
 
@@ -78,7 +82,7 @@ def _asks_logits(scenario: str) -> Callable[[Candidate, str], Finding]:
 def _ask_effect(candidate: Candidate, subject: str) -> Finding:
     found = joined([candidate.compare(s, subject) for s in SCENARIOS])
     part = found.error / found.effect if found.effect else float("inf")
-    facts: dict[str, str | float | int] = {
+    facts: Facts = {
         "largest difference": number(found.error, "of range"),
         "adapter's effect": number(found.effect, "of range"),
         "share of the effect that arrives": number(found.gain),
@@ -129,7 +133,9 @@ def _with_plot(outcome: Outcome, text: str, found: Difference) -> Finding:
 def _advice(candidate: Candidate, subject: str, found: Difference) -> str:
     """Say where to look first."""
     if subject == BASE:
-        return "The base itself is wrong: look at the weights and the operators, and export again."
+        return (
+            "The base itself is wrong: look at its weights, and at what the graph takes for no adapter; export again."
+        )
     if candidate.compare("prefill", BASE).error > LOGITS_TOLERANCE:
         return "The base is off as well, so the adapter is not the cause."
     if candidate.stage is Stage.PROGRAM:
@@ -137,7 +143,7 @@ def _advice(candidate: Candidate, subject: str, found: Difference) -> str:
     return f"The base agrees, so look at the adapter's tensors and scaling ({says_gain(found.gain)})."
 
 
-def _differing(exported: dict[str, np.ndarray], fitted: dict[str, np.ndarray]) -> list[str]:  # type: ignore[type-arg]
+def _differing(exported: dict[str, np.ndarray], fitted: dict[str, np.ndarray]) -> list[str]:
     """Return the names of the tensors that are not equal, bit by bit."""
     names = sorted(set(exported) | set(fitted))
     return [n for n in names if n not in exported or n not in fitted or not np.array_equal(exported[n], fitted[n])]

@@ -29,7 +29,9 @@ def _ask_effect(reference: Reference, subject: str) -> Finding:
     if not np.isfinite(change.error):
         return Finding(Outcome.FAIL, "With the adapter the logits are not finite.", change.error, series=series)
     if change.error <= FLOAT32_NOISE:
-        text = f"With the adapter the logits are those of the base (they move by {number(change.error)} of their range)."
+        text = (
+            f"With the adapter the logits are those of the base (they move by {number(change.error)} of their range)."
+        )
         text += " It is untrained, all zero, or its tensors reached no module."
         return Finding(Outcome.FAIL, text, change.error, series=series)
     text = f"The adapter moves the logits by up to {number(change.error)} of their range, most at {change.labels[change.worst]}."

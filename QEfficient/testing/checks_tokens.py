@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from QEfficient.testing.candidate import Candidate
-from QEfficient.testing.check import Finding, skipped
+from QEfficient.testing.check import Facts, Finding, skipped
 from QEfficient.testing.compare import LOGITS_TOLERANCE
 from QEfficient.testing.report import Outcome, Series
 from QEfficient.testing.text import number
@@ -51,7 +51,7 @@ def _ask(candidate: Candidate, subject: str, prompts: list[Tokens]) -> Finding:
     total = len(rows) * count
     equal = sum(int((r.chosen == r.wanted).sum()) for r in rows)
     wrong = [(i, int(t)) for i, r in enumerate(rows) for t in np.flatnonzero(~(r.lead <= 2 * LOGITS_TOLERANCE))]
-    facts: dict[str, str | float | int] = {"tokens": total, "equal": equal, "near-ties": total - equal - len(wrong)}
+    facts: Facts = {"tokens": total, "equal": equal, "near-ties": total - equal - len(wrong)}
     steps = tuple(f"row {i}, token {t}" for i in range(len(rows)) for t in range(count))
     series = (Series("PyTorch's lead", steps, tuple(float(v) for r in rows for v in r.lead)),)
     if wrong:

@@ -65,4 +65,6 @@ def describe_adapter(name: str, path: str | Path, files: AdapterFiles) -> Subjec
     config = files.config
     rank = f"rank {config.r}, " if getattr(config, "r", None) else ""
     volume = size(sum(t.nbytes for t in files.tensors.values()))
-    return Subject(name, str(path), str(config.peft_type.value), f"{rank}{counted(len(files.tensors), 'tensor')}, {volume}")
+    return Subject(
+        name, str(path), str(config.peft_type.value), f"{rank}{counted(len(files.tensors), 'tensor')}, {volume}"
+    )

@@ -54,21 +54,27 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": text.number, "size": text.size, "judged": text.judged, "level": _level}
-    results: dict[tuple[str, str], CheckResult] = {(r.subject, r.name): r for r in report.results}
+    environment.filters |= {
+        "number": text.number,
+        "size": text.size,
+        "judged": text.judged,
+        "level": _level,
+        "times": text.times,
+    }
+    anchors = {id(r): f"check-{i}" for i, r in enumerate(report.results)}
     return environment.get_template("report.html.j2").render(
         report=report,
         marks=text.MARKS,
         metrics=text.METRICS,
         parts=text.PARTS,
         ratio=text.ratio,
-        results=results,
+        results=_by_cell(report),
         columns=_columns(report),
         plots=[p for s in report.subjects if (p := closeness(report, s.name)) is not None],
         measured=_measured_subjects(report),
         memory=memory(report),
         tiles=_tiles(report),
-        slug=lambda r: f"{r.subject}-{r.name.replace('.', '-')}",
+        slug=lambda r: anchors[id(r)],
     )
 
 
@@ -142,6 +148,17 @@ def _columns(report: Report) -> list[tuple[str, list[CheckResult]]]:
     return columns
 
 
+def _by_cell(report: Report) -> dict[tuple[str, str], CheckResult]:
+    """Return the result that the matrix shows for a subject and a check: the worst, where several graphs were tested."""
+    order = (Outcome.SKIP, Outcome.PASS, Outcome.WARN, Outcome.FAIL)
+    cells: dict[tuple[str, str], CheckResult] = {}
+    for result in report.results:
+        before = cells.setdefault((result.subject, result.name), result)
+        if order.index(result.outcome) > order.index(before.outcome):
+            cells[result.subject, result.name] = result
+    return cells
+
+
 def _measured_subjects(report: Report) -> list[str]:
     found = {m.subject for m in report.measurements if m.metric in text.METRICS}
     return [s.name for s in (*report.adapters[:5], report.base) if s.name in found]
@@ -152,7 +169,9 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     tiles = []
     errors = [r for r in report.results if r.unit == "of range" and r.measured is not None]
     if errors:
-        worst = max(errors, key=lambda r: r.measured if r.measured is not None and math.isfinite(r.measured) else math.inf)
+        worst = max(
+            errors, key=lambda r: r.measured if r.measured is not None and math.isfinite(r.measured) else math.inf
+        )
         limit = text.number(worst.tolerance)
         tiles.append(("Largest difference", text.number(worst.measured), f"of the logits' range; {limit} is allowed"))
     tokens = [r for r in report.results if r.name.split(".")[1].startswith("greedy") and "tokens" in r.facts]
@@ -165,7 +184,7 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
         title, _, more = text.METRICS[metric]
         gain = text.ratio(report.value("pytorch", subject, metric), report.value("program", subject, metric), more)
         if gain:
-            tiles.append((f"{title} speed", f"{gain:.2f} ×", "that of PyTorch + PEFT, on this machine"))
+            tiles.append((f"{title} speed", text.times(gain), "that of PyTorch + PEFT, on this machine"))
     counts = len([r for r in report.results if r.outcome is not Outcome.SKIP])
     tiles.append(("Checks", f"{counts:,}", f"in {report.seconds:.0f} s"))
     return tiles

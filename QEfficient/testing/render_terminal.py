@@ -7,10 +7,10 @@ from rich.table import Table
 from rich.text import Text
 
 from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
-from QEfficient.testing.text import MARKS, METRICS, PARTS, number, ratio, size
+from QEfficient.testing.text import MARKS, METRICS, PARTS, number, ratio, size, times
 
 _COLOUR = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.WARN: "yellow", Outcome.SKIP: "bright_black"}
-_MOST_REASONS = 12
+_MOST_REASONS = 8
 
 
 def render(report: Report, width: int = 80) -> str:
@@ -87,11 +87,11 @@ def _speed(report: Report) -> Table:
         if pytorch is None and program is None:
             continue
         gain = ratio(pytorch, program, more_is_better)
-        cells = (number(pytorch, unit), number(program, unit), f"{gain:.2f} ×" if gain else MARKS[Outcome.SKIP])
+        cells = (number(pytorch, unit), number(program, unit), times(gain))
         table.add_row(title, *cells)
     totals = [_memory(report, engine, subject) for engine in ("pytorch", "program")]
     if all(totals):
-        table.add_row("Memory", size(totals[0]), size(totals[1]), f"{totals[0] / totals[1]:.2f} ×")
+        table.add_row("Memory", size(totals[0]), size(totals[1]), times(totals[0] / totals[1]))
     return table
 
 

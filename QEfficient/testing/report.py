@@ -21,7 +21,7 @@ _LIBRARIES = ("efficient-transformers", "torch", "transformers", "peft", "onnx",
 class Outcome(StrEnum):
     """What a check found. ``WARN`` and ``SKIP`` do not change the verdict."""
 
-    PASS = "pass"  # noqa: S105 -- an outcome, not a password
+    PASS = "pass"
     FAIL = "fail"
     WARN = "warn"
     SKIP = "skip"
@@ -190,7 +190,7 @@ class Report:
 
     def with_outcome(self, outcome: Outcome, subject: str | None = None) -> list[CheckResult]:
         """Return the results with this outcome, of one subject or of all."""
-        return [r for r in self.results if r.outcome is outcome and subject in (None, r.subject)]
+        return [r for r in self.results if r.outcome == outcome and subject in (None, r.subject)]
 
     def verdict_of(self, subject: str) -> Outcome:
         """Return the worst outcome of one subject's checks."""
@@ -236,9 +236,7 @@ _EXTRA = ((Outcome.WARN, "warned"), (Outcome.SKIP, "skipped"))
 
 def _result(data: dict[str, Any]) -> CheckResult:
     series = tuple(Series(s["label"], tuple(s["x"]), tuple(s["y"])) for s in data["series"])
-    return CheckResult(
-        **{**data, "stage": Stage(data["stage"]), "outcome": Outcome(data["outcome"]), "series": series}
-    )
+    return CheckResult(**{**data, "stage": Stage(data["stage"]), "outcome": Outcome(data["outcome"]), "series": series})
 
 
 def _installed(names: Iterable[str]) -> Iterable[tuple[str, str]]:

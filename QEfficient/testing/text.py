@@ -5,7 +5,9 @@ import math
 
 from QEfficient.testing.report import CheckResult
 
-MARKS = {"pass": "✓", "fail": "✗", "warn": "!", "skip": "–"}
+NOTHING = "\N{EN DASH}"
+TIMES = "\N{MULTIPLICATION SIGN}"
+MARKS = {"pass": "✓", "fail": "✗", "warn": "!", "skip": NOTHING}
 """One character for each outcome."""
 
 METRICS = {
@@ -27,14 +29,14 @@ PARTS = {"weights": "Weights", "adapters": "Adapters", "cache": "KV cache"}
 def number(value: float | None, unit: str = "") -> str:
     """Return about three significant digits: ``1.23e-06``, ``0.0412``, ``1,234``."""
     if value is None:
-        return "–"
+        return NOTHING
     if unit == "bytes":
         return size(value)
     if not math.isfinite(value):
         text = "not finite"
-    elif value == 0 or abs(value) >= 100:
+    elif value == 0 or 100 <= abs(value) < 1e7:
         text = f"{value:,.0f}"
-    elif abs(value) < 1e-3:
+    elif not 1e-3 <= abs(value) < 1e7:
         mantissa, exponent = f"{value:.1e}".split("e")
         text = f"{mantissa.removesuffix('.0')}e{int(exponent)}"
     else:
@@ -56,6 +58,11 @@ def ratio(pytorch: float | None, program: float | None, more_is_better: bool) ->
     if not pytorch or not program:
         return None
     return program / pytorch if more_is_better else pytorch / program
+
+
+def times(gain: float | None) -> str:
+    """Return a ratio as people write it: two and a half times."""
+    return f"{gain:.2f} {TIMES}" if gain else NOTHING
 
 
 def judged(result: CheckResult) -> str:

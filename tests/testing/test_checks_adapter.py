@@ -98,7 +98,9 @@ def test_file_without_tensors_fails(files: AdapterFiles):
 
 def test_other_base_is_refused(folders: Folders, tmp_path: Path):
     """An adapter of a wider base is refused, with the tensor and both shapes."""
-    wider = save_base(tmp_path / "wider", type(AutoConfig.from_pretrained(folders.base))(**{**SHAPE, "hidden_size": 128}))
+    wider = save_base(
+        tmp_path / "wider", type(AutoConfig.from_pretrained(folders.base))(**{**SHAPE, "hidden_size": 128})
+    )
     adapter = save_adapter(wider, tmp_path / "adapter")
     with pytest.raises(AdapterMismatchError, match=r"lora_B.weight is \(128, 4\), this base .* need \(64, 4\)"):
         refuse_other_shapes("one", read(folders.base, adapter))

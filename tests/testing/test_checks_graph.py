@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import dataclasses
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from QEfficient.runtime.session import OrtSession
@@ -17,6 +17,7 @@ from QEfficient.testing.graphs import Graph, opened
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.workload import Tokens
+from tests.testing.faults import copied, scale_weight
 
 
 def ask(name: str, candidate: Candidate, subject: str = "one") -> CheckResult:
@@ -51,6 +52,7 @@ class OneLogitOff(Faulty):
     """One logit of every call is off by a thousandth of the range."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         logits = self.session.run(ids, positions)
         logits[..., 7] += 1e-3 * np.ptp(logits)
         return logits
@@ -60,6 +62,7 @@ class NotFinite(Faulty):
     """Every call returns NaN."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         return np.full_like(self.session.run(ids, positions), np.nan)
 
 
@@ -67,6 +70,7 @@ class ChunkForgetsCache(Faulty):
     """A call of several tokens starts with an empty cache."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         if ids.shape[1] > 1:
             self.session.reset()
         return self.session.run(ids, positions)
@@ -76,20 +80,15 @@ class DecodeOneLate(Faulty):
     """A decoded token is written one position too late."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         return self.session.run(ids, positions + 1 if ids.shape[1] == 1 else positions)
-
-
-class PaddingCounts(Faulty):
-    """Padding is taken for tokens at the positions that follow."""
-
-    def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
-        return self.session.run(ids, positions[:, :1] + np.arange(ids.shape[1]))
 
 
 class RowsMixed(Faulty):
     """Rows of a batch come back in another order."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         return self.session.run(ids, positions)[::-1]
 
 
@@ -97,6 +96,7 @@ class SecondChoice(Faulty):
     """Decoding gives PyTorch's second choice."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         logits = self.session.run(ids, positions)
         if ids.shape[1] == 1:
             for row in logits[:, -1]:
@@ -110,6 +110,7 @@ class NeverSwitches(Faulty):
     done = False
 
     def set_adapter(self, name: str) -> None:
+        """Select with the fault."""
         if not self.done:
             self.session.set_adapter(name)
         self.done = True
@@ -119,6 +120,7 @@ class AlwaysBase(Faulty):
     """No adapter is ever applied."""
 
     def set_adapter(self, name: str) -> None:
+        """Select with the fault."""
         self.session.set_adapter("base")
 
 
@@ -128,6 +130,7 @@ class Remembers(Faulty):
     memory = 0.0
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         self.memory += 1e-6
         return self.session.run(ids, positions) + np.float32(self.memory)
 
@@ -170,6 +173,7 @@ class PaddingNoise(Faulty):
     """What stands under padding is another token."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         return self.session.run(np.where(positions < 0, 5, ids), positions)
 
 
@@ -184,8 +188,6 @@ def swap(graph: Path) -> None:
 def edit(graph: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
     """Change tensors of the exported adapter ``one``."""
     path = graph / "adapters" / "one.safetensors"
-    from safetensors import safe_open
-
     with safe_open(str(path), framework="np") as f:
         metadata = f.metadata()
     tensors = {k: v.copy() for k, v in load_file(path).items()}
@@ -197,7 +199,7 @@ def scale(tensors: dict[str, np.ndarray]) -> None:
     """Halve every scaling, as an adapter whose lora_alpha was doubled after the export."""
     for key in tensors:
         if key.endswith(".scaling"):
-            tensors[key] = tensors[key] / 2
+            tensors[key] = np.asarray(tensors[key] / 2)
 
 
 def layers(tensors: dict[str, np.ndarray]) -> None:
@@ -220,20 +222,21 @@ def test_exported_adapter_that_is_another(
     graph: Graph, reference: Reference, tmp_path: Path, fault: Callable[[Path], None], says: str, gain: float | None
 ):
     """Exported tensors that are not the adapter's fail by their bits, and by what they do to the answers."""
-    folder = Path(shutil.copytree(graph.folder, tmp_path / "graph"))
+    folder = copied(graph.folder, tmp_path)
     fault(folder)
     with opened(Stage.GRAPH, Graph(folder, graph.fitted), reference) as candidate:
         tensors, effect, prefill = (ask(n, candidate) for n in ("tensors", "effect", "prefill"))
     assert [r.outcome for r in (tensors, effect, prefill)] == [Outcome.FAIL] * 3
     assert says in tensors.message
-    assert effect.measured is not None and effect.measured > 0.1
+    assert effect.measured is not None
+    assert effect.measured > 0.1
     if gain is not None:  # the effect is not linear in the scaling, so about half of it arrives
         assert abs(float(effect.facts["share of the effect that arrives"]) - gain) < 0.2
 
 
 def test_exported_adapter_that_cannot_be_read(graph: Graph, reference: Reference, tmp_path: Path):
     """A truncated adapter in the graph folder fails its check and names the file."""
-    folder = Path(shutil.copytree(graph.folder, tmp_path / "graph"))
+    folder = copied(graph.folder, tmp_path)
     path = folder / "adapters" / "one.safetensors"
     path.write_bytes(path.read_bytes()[:200])
     with opened(Stage.GRAPH, Graph(folder, graph.fitted), reference) as candidate:
@@ -245,24 +248,17 @@ def test_exported_adapter_that_cannot_be_read(graph: Graph, reference: Reference
 @pytest.mark.parametrize("stage", [Stage.GRAPH, Stage.PROGRAM])
 def test_changed_weight_fails(graph: Graph, reference: Reference, tmp_path: Path, stage: Stage):
     """One weight tensor that is 5 % larger fails by its digest, and in the logits of the base."""
-    folder = Path(shutil.copytree(graph.folder, tmp_path / "graph", ignore=shutil.ignore_patterns("qpc-*")))
-    path = next(folder.glob("weights*"))
-    change_weight(path, "model.layers.1.mlp.up_proj.weight")
+    folder = copied(graph.folder, tmp_path)
+    path = scale_weight(folder, "layers.1.mlp.up_proj.weight")
     with opened(stage, Graph(folder, graph.fitted), reference) as candidate:
         logits, integrity = ask("prefill", candidate, "base"), ask("integrity", candidate, "base")
     assert logits.outcome is Outcome.FAIL
+    assert logits.measured is not None
+    assert 1e-3 < logits.measured < 0.2
     assert "The base itself is wrong" in logits.message
     if stage is Stage.GRAPH:
         assert integrity.outcome is Outcome.FAIL
         assert path.name in integrity.message
-
-
-def change_weight(path: Path, key: str) -> None:
-    """Make one tensor of a safetensors file 5 % larger, in place."""
-    tensors = {k: v.copy() for k, v in load_file(path).items()}
-    name = next(k for k in tensors if k.endswith(key))
-    tensors[name] *= 1.05
-    save_file(tensors, str(path), metadata={"format": "pt"})
 
 
 def test_a_near_tie_is_not_accused(candidate: Candidate):
@@ -302,13 +298,14 @@ class Raises(Faulty):
     """Every call raises."""
 
     def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
         raise RuntimeError("no kernel")
 
 
 def test_damaged_graph_is_not_compiled_into_itself(graph: Graph, reference: Reference, tmp_path: Path):
     """The program of a damaged graph goes to a temporary folder, so that nothing wrong stays behind."""
-    folder = Path(shutil.copytree(graph.folder, tmp_path / "graph", ignore=shutil.ignore_patterns("qpc-*")))
-    change_weight(next(folder.glob("weights*")), "model.layers.1.mlp.up_proj.weight")
+    folder = copied(graph.folder, tmp_path)
+    scale_weight(folder, "layers.1.mlp.up_proj.weight")
     with opened(Stage.PROGRAM, Graph(folder, graph.fitted), reference) as candidate:
         assert isinstance(candidate.session, OrtSession)
         assert folder not in candidate.folder.parents

@@ -63,7 +63,9 @@ def break_base(model: torch.nn.Module) -> None:
     model.get_parameter("base_model.model.model.layers.1.mlp.up_proj.base_layer.weight").data[3, 3] = float("nan")
 
 
-@pytest.mark.parametrize(("check", "fault"), [("disabled", change_base), ("finite", break_base), ("effect", break_base)])
+@pytest.mark.parametrize(
+    ("check", "fault"), [("disabled", change_base), ("finite", break_base), ("effect", break_base)]
+)
 def test_fault_is_found(own: Reference, check: str, fault: Callable[[torch.nn.Module], None]):
     """A base that does not come back, and logits that are not finite, fail."""
     fault(own.model)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import shutil
+from pathlib import Path
+
+import pytest
+
+from QEfficient import testing
+from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError
+from QEfficient.testing import Budgets
+from QEfficient.testing.checks_efficiency import checks, parse_share
+from QEfficient.testing.graphs import Graph
+from QEfficient.testing.inputs import read_base_config
+from QEfficient.testing.report import Measurement, Outcome, Report, Stage
+from tests.testing.conftest import Folders
+from tests.tiny import lora, save_adapter, save_base
+
+
+def adapters(folders: Folders) -> dict[str, Path]:
+    """Name the two adapters."""
+    return {"one": folders.one, "two": folders.two}
+
+
+@pytest.fixture(scope="module")
+def report(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """Run everything once, speed included."""
+    seen: list[tuple[str, str]] = []
+    out = tmp_path_factory.mktemp("report")
+    found = testing.run(
+        folders.base, adapters(folders), report_dir=out, greedy_tokens=64, progress=lambda *a: seen.append(a)
+    )
+    assert ("graph.prefill", "one") in seen
+    assert (out / "report.html").is_file()
+    return found
+
+
+def test_healthy_adapters_pass(report: Report):
+    """Two sound adapters pass every check of every stage, with no warning."""
+    assert [r.message for r in report.results if r.outcome is not Outcome.PASS] == []
+    assert report.verdict is Outcome.PASS
+    assert {r.stage for r in report.results} == {Stage.ADAPTER, Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM}
+
+
+def test_64_tokens_of_4_ragged_rows_are_compared(report: Report):
+    """Greedy tokens are compared for base and adapters, alone and in a batch of four, graph and program."""
+    found = [r for r in report.results if r.name.endswith("greedy_batch")]
+    assert len(found) == 6
+    assert all(r.facts["tokens"] == 4 * 64 and r.facts["equal"] == 4 * 64 for r in found)
+
+
+def test_both_engines_are_measured(report: Report):
+    """Base and adapters have the same metrics for PyTorch and the program, all positive, and memory by part."""
+    for subject in ("base", "one", "two"):
+        for engine in ("pytorch", "program"):
+            for metric in (
+                "prefill_tokens_per_second",
+                "first_token_ms",
+                "decode_tokens_per_second",
+                "token_latency_p99_ms",
+            ):
+                value = report.value(engine, subject, metric)
+                assert value is not None
+                assert value > 0
+    weights = [report.value(e, "one", "memory_bytes.weights") for e in ("pytorch", "program")]
+    assert weights[1] == pytest.approx(weights[0], rel=0.5)
+    assert report.value("pytorch", "one", "memory_bytes.adapters") > 0
+
+
+@pytest.mark.parametrize("fault", ["swapped", "alpha"])
+def test_graph_that_drifted_from_its_adapters_fails(folders: Folders, graph: Graph, tmp_path: Path, fault: str):
+    """Swapped adapters, and an alpha edited after the export, fail with the reason."""
+    if fault == "swapped":
+        given, says = {"one": folders.two, "two": folders.one}, "the two were swapped"
+    else:
+        copy = folders.copy(tmp_path)
+        config = copy.one / "adapter_config.json"
+        config.write_text(config.read_text().replace('"lora_alpha": 8', '"lora_alpha": 16'))
+        given, says = {"one": copy.one, "two": copy.two}, "scales the adapter by 2, its configuration now says 4"
+    found = testing.run(folders.base, given, graph=graph.folder, only=["graph.*"], greedy_tokens=4)
+    assert found.verdict is Outcome.FAIL
+    assert says in next(r for r in found.results if r.name == "graph.tensors" and r.subject == "one").message
+    failed = {r.name for r in found.with_outcome(Outcome.FAIL, "one")}
+    assert {"graph.tensors", "graph.prefill", "graph.effect"} <= failed
+    assert found.with_outcome(Outcome.FAIL, "base") == []
+
+
+def test_graph_of_other_structure_is_exported_apart(folders: Folders, tmp_path: Path):
+    """Adapters that cannot share a graph are tested on one each."""
+    narrow = save_adapter(folders.base, tmp_path / "narrow", seed=3, config=lora(target_modules=["q_proj"]))
+    given = {"narrow": narrow, "one": folders.one}
+    found = testing.run(folders.base, given, only=["graph.prefill"], greedy_tokens=4)
+    assert found.verdict is Outcome.PASS, found.with_outcome(Outcome.FAIL)
+    assert [r.subject for r in found.results] == ["base", "narrow", "base", "one"]
+
+
+def test_other_models_pass(tmp_path: Path):
+    """A healthy adapter of a model with soft-capped logits and sliding windows passes, far below the tolerance."""
+    base = save_base(tmp_path / "base", "gemma2")
+    adapter = save_adapter(base, tmp_path / "adapter")
+    found = testing.run(base, {"a": adapter}, measure_speed=False, greedy_tokens=8, report_dir=tmp_path)
+    assert [r.message for r in found.with_outcome(Outcome.FAIL)] == []
+    assert max(r.measured or 0 for r in found.results if r.unit == "of range") < 1e-5
+
+
+def test_nothing_to_test_is_refused(folders: Folders):
+    """A run without adapters is refused."""
+    with pytest.raises(ConfigError, match="at least one adapter"):
+        testing.run(folders.base, {})
+
+
+def test_unknown_check_is_refused(folders: Folders):
+    """A pattern that fits no check is refused, with a suggestion."""
+    with pytest.raises(ConfigError, match=r"did you mean 'graph\.prefill'"):
+        testing.run(folders.base, adapters(folders), only=["graph.prefil"])
+
+
+def test_graph_that_is_not_there_is_refused(folders: Folders, tmp_path: Path):
+    """A missing graph folder, and a folder without a graph, are refused."""
+    with pytest.raises(ArtifactError, match="does not exist"):
+        testing.run(folders.base, adapters(folders), graph=tmp_path / "none", only=["graph.prefill"])
+    with pytest.raises(ArtifactError, match="not an exported graph"):
+        testing.run(folders.base, adapters(folders), graph=tmp_path, only=["graph.prefill"])
+
+
+def test_adapter_that_the_graph_cannot_take_is_refused(folders: Folders, graph: Graph, tmp_path: Path):
+    """An adapter of another structure than the given graph's is refused by name."""
+    other = save_adapter(folders.base, tmp_path / "dora", config=lora(use_dora=True))
+    with pytest.raises(AdapterMismatchError, match="'dora' does not fit the graph"):
+        testing.run(folders.base, {"dora": other}, graph=graph.folder, only=["graph.prefill"])
+
+
+def test_base_that_is_not_there_is_refused(tmp_path: Path):
+    """A missing base folder and a folder without a model are refused."""
+    with pytest.raises(ConfigError, match="does not exist"):
+        read_base_config(str(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="is not a model"):
+        read_base_config(str(tmp_path))
+
+
+def measured(pytorch: float, base: float, adapter: float) -> list[Measurement]:
+    """Return decode speeds."""
+    speeds = {("pytorch", "one"): pytorch, ("program", "base"): base, ("program", "one"): adapter}
+    return [Measurement(*key, "decode_tokens_per_second", value) for key, value in speeds.items()]
+
+
+@pytest.mark.parametrize(
+    ("budgets", "outcome", "value"),
+    [
+        (Budgets(min_speedup=2), Outcome.PASS, 2.5),
+        (Budgets(min_speedup=3), Outcome.FAIL, 2.5),
+        (Budgets(max_overhead=0.25), Outcome.PASS, 0.2),
+        (Budgets(max_overhead=0.15), Outcome.FAIL, 0.2),
+    ],
+)
+def test_budgets_are_ratios(budgets: Budgets, outcome: Outcome, value: float):
+    """A budget is held against the ratio of two speeds of the same run."""
+    found = checks(budgets)[0].perform(Stage.EFFICIENCY, measured(10, 30, 25), "one")
+    assert found.outcome is outcome
+    assert found.measured == pytest.approx(value)
+
+
+def test_share_is_a_percentage_or_a_number():
+    """``15%`` and ``0.15`` mean the same; anything else is refused."""
+    assert parse_share("15%", "--max-overhead") == parse_share("0.15", "--max-overhead") == 0.15
+    with pytest.raises(ConfigError, match=r"must be a share such as 15% or 0\.15, not 'much'"):
+        parse_share("much", "--max-overhead")
+
+
+def test_report_dir_may_be_a_folder_of_its_own(folders: Folders, tmp_path: Path):
+    """A report folder is made with its parents."""
+    out = tmp_path / "a" / "b"
+    testing.run(folders.base, adapters(folders), only=["adapter.*"], report_dir=out)
+    assert sorted(p.name for p in out.iterdir()) == ["junit.xml", "report.html", "report.json"]
+    shutil.rmtree(out)
