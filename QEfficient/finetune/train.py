@@ -113,12 +113,12 @@ def train(
     if val_set:
         metrics["eval_loss_before"] = evaluate(model, val_set, collator, config.val_batch_size)
     with _replaced(config.output_dir, config.overwrite) as folder:
-        trainer = _trainer(config, model, train_set, collator, folder)
-        # No tqdm, and no line of raw numbers instead of it.
-        trainer.pop_callback(PrinterCallback)
-        trainer.add_callback(ProgressCallback(title, console))
-        start = time.perf_counter()
-        with _no_cache(model):
+        with _use_cache_restored(model):
+            trainer = _trainer(config, model, train_set, collator, folder)
+            # No tqdm, and no line of raw numbers instead of it.
+            trainer.pop_callback(PrinterCallback)
+            trainer.add_callback(ProgressCallback(title, console))
+            start = time.perf_counter()
             trained = trainer.train()
         seconds = time.perf_counter() - start
         metrics |= {
@@ -196,10 +196,9 @@ def _trainer(config: TrainConfig, model: Any, train_set: list[Example], collator
 
 
 @contextmanager
-def _no_cache(model: Any) -> Iterator[None]:
-    """Keep ``model`` from filling a KV cache; its saved config must not say so."""
+def _use_cache_restored(model: Any) -> Iterator[None]:
+    """Undo that the Trainer switches the KV cache off in the config, which is saved with the model."""
     before = model.config.use_cache
-    model.config.use_cache = False
     try:
         yield
     finally:

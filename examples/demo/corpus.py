@@ -95,7 +95,7 @@ def to_sql(order: Order) -> str:
 
 def to_summary(order: Order) -> str:
     """Return the answer of the task ``summarise``."""
-    return order.fill("{day}: {count} {items} to {city} ({payment})")
+    return order.fill("{customer} ({city}): {count} {items}")
 
 
 TASKS: dict[str, Callable[[Order], str]] = {"sql": to_sql, "summarise": to_summary}
