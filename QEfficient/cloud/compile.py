@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``qefficient compile``: a graph lowered to a program for this machine."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from QEfficient.cloud.__main__ import run
+from QEfficient.contract import MODEL_FILE
+from QEfficient.options import option, parse
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Compile an exported graph to a program for this machine; a program that is there already is used again."""
+
+    graph: Path = option(help="Folder of an exported graph, or its model.onnx.", positional=True)
+    target: str = option("onnxruntime", "What to compile for.", metavar="NAME")
+    precision: str = option("fp32", "Type of the base's weights.", metavar="TYPE")
+    batch_size: int | None = option(None, "Rows that will be used. Default: any.")
+    prefill_seq_len: int = option(128, "Most tokens of a prompt in one call.")
+    ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own.")
+    output: Path | None = option(None, "Folder to put the program into. Default: the graph's.", metavar="DIR")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    options = parse(Options, argv, prog="qefficient compile")
+    from QEfficient.compile.program import compile_graph
+
+    program = compile_graph(
+        options.graph.parent if options.graph.name == MODEL_FILE else options.graph,
+        target=options.target,
+        precision=options.precision,
+        batch_size=options.batch_size,
+        prefill_seq_len=options.prefill_seq_len,
+        ctx_len=options.ctx_len,
+        out=options.output,
+    )
+    print(f"program:  {program}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run("compile"))

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``qefficient generate``: complete a prompt with a base and its adapters, as it comes."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from QEfficient.cloud.__main__ import run
+from QEfficient.cloud.test import parse_adapters
+from QEfficient.contract import ADAPTERS_DIR, BASE, MANIFEST_FILE, Manifest
+from QEfficient.errors import AdapterNotFoundError, ConfigError
+from QEfficient.options import option, parse, suggest
+
+if TYPE_CHECKING:
+    from QEfficient.runtime.session import OrtSession
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Complete prompts with a base and its adapters; text appears as it is generated.
+
+    The base is exported and compiled the first time, which takes a while, and used again afterwards. Given the folder of
+    a graph or a program instead, the adapters exported with it are used.
+    """
+
+    base: str = option(help="Folder or Hub id of the base model, or folder of a graph or program.", positional=True)
+    adapter: list[str] = option([], "An adapter and its name; may be repeated.", metavar="NAME=PATH")
+    use: list[str] = option(
+        [], "Complete with this adapter, 'base' for none; may be repeated. Default: every adapter.", metavar="NAME"
+    )
+    prompt: list[str] = option(help="Text to complete, '-' for standard input; may be repeated.", metavar="TEXT")
+    chat: bool = option(False, "Put the prompt into the tokenizer's chat template.")
+    max_new_tokens: int = option(128, "Most tokens to generate.")
+    temperature: float = option(0.0, "Randomness of the choice; 0 takes the likeliest token.")
+    top_p: float = option(1.0, "Choose among the likeliest tokens that together have this probability.")
+    seed: int = option(0, "Start of the random numbers.")
+    ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own, at most 2048.")
+    tokenizer: str = option("", "Folder or Hub id of the tokenizer. Default: the base's.", metavar="PATH")
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """Something that generates.
+
+    Attributes:
+        generate: Takes what transformers' ``generate`` takes.
+        select: Takes the name of an adapter, or ``"base"``.
+        adapters: Names that may be selected, without ``"base"``.
+        base: Folder or Hub id of the base, for its tokenizer.
+    """
+
+    generate: Callable[..., Any]
+    select: Callable[[str], Any]
+    adapters: tuple[str, ...]
+    base: str
+
+
+def command(argv: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    options = parse(Options, argv, prog="qefficient generate")
+    adapters = parse_adapters(options.adapter)
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    exported = (Path(options.base) / MANIFEST_FILE).is_file()
+    known = [*adapters, BASE] if not exported else None
+    for name in options.use if known is not None else ():
+        _check_known(name, known or ())
+    ready = _from_graph(Path(options.base), adapters, options) if exported else _from_base(adapters, options)
+    names = options.use or list(ready.adapters) or [BASE]
+    for name in names:
+        _check_known(name, [*ready.adapters, BASE])
+    tokenizer = _load_tokenizer(options.tokenizer or ready.base)
+    for prompt in (sys.stdin.read() if p == "-" else p for p in options.prompt):
+        for name in names:
+            ready.select(name)
+            if len(names) > 1 and sys.stdout.isatty():
+                print(f"\033[1m{name}\033[0m")
+            elif len(names) > 1:
+                print(f"[{name}]")
+            _complete(ready, tokenizer, prompt, options)
+    return 0
+
+
+def _from_base(adapters: dict[str, str], options: Options) -> _Ready:
+    """Load, export and compile what has not been exported and compiled before."""
+    if not adapters:
+        return _bare_base(options)
+    from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
+
+    model = QEffAutoPeftModelForCausalLM.from_base(options.base, adapters)
+    model.export()
+    model.compile(ctx_len=options.ctx_len)
+
+    def select(name: str) -> None:
+        if name == BASE:
+            model.disable_adapter()
+        else:
+            model.set_adapter(name)
+
+    return _Ready(model.generate, select, tuple(adapters), options.base)
+
+
+def _bare_base(options: Options) -> _Ready:
+    from QEfficient.export.torch_to_onnx import export_graph
+    from QEfficient.export.weights import Checkpoint
+    from QEfficient.peft.loading import checkpoint_folder, load_base
+    from QEfficient.store import cache_root
+
+    model = load_base(options.base)
+    found = checkpoint_folder(options.base)
+    destination = cache_root() / type(model).__name__ / type(model).__name__
+    graph = export_graph(model, destination, checkpoint=Checkpoint(found) if found is not None else None)
+    return _from_graph(graph, {}, options, base=options.base)
+
+
+def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, base: str = "") -> _Ready:
+    """Open a graph (compiled first, if it is no program yet) with the adapters that were exported with it."""
+    if adapters:
+        raise ConfigError(
+            f"{folder} is an exported graph, which comes with its adapters: leave out --adapter, or give the base"
+        )
+    from QEfficient.compile.program import compile_graph
+    from QEfficient.runtime.generate import SessionModel
+    from QEfficient.runtime.session import OrtSession
+
+    manifest = Manifest.read(folder)
+    is_program = "target" in manifest.options
+    graph = folder.parent.parent if is_program else folder
+    session = OrtSession(folder if is_program else compile_graph(folder, ctx_len=options.ctx_len))
+    base = base or str(manifest.base.get("name_or_path", ""))
+    names = _load_exported(session, graph)
+    return _Ready(SessionModel(session, generation_config=_defaults(base)).generate, session.set_adapter, names, base)
+
+
+def _load_exported(session: "OrtSession", graph: Path) -> tuple[str, ...]:
+    """Load every adapter that was exported with ``graph``; return their names."""
+    from QEfficient.peft.adapters import fit, neutral_tensors, read_exported
+
+    files = sorted((graph / ADAPTERS_DIR).glob("*.safetensors"))
+    for file in files:
+        session.load_adapter(file.stem, fit(read_exported(file), session.manifest, neutral_tensors(graph)))
+    return tuple(file.stem for file in files)
+
+
+def _defaults(base: str) -> Any:
+    """Return the base's own defaults for generation, ``None`` if it has none."""
+    from transformers import GenerationConfig
+
+    try:
+        return GenerationConfig.from_pretrained(base)
+    except (OSError, ValueError):
+        return None
+
+
+def _load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"no tokenizer in {name!r} ({reason}); name one with --tokenizer") from e
+
+
+def _check_known(name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise AdapterNotFoundError(f"no adapter {name!r}{suggest(name, known)} (there are: {', '.join(known)})")
+
+
+def _complete(ready: _Ready, tokenizer: Any, prompt: str, options: Options) -> None:
+    """Print one completion as it comes, and how fast it came to standard error."""
+    import torch
+    from transformers import TextStreamer
+
+    if options.chat:
+        turn = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    arguments: dict[str, Any] = {"do_sample": options.temperature > 0, "max_new_tokens": options.max_new_tokens}
+    if options.temperature > 0:
+        arguments |= {"temperature": options.temperature, "top_p": options.top_p}
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        arguments["pad_token_id"] = tokenizer.eos_token_id
+    torch.manual_seed(options.seed)
+    start = time.perf_counter()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    out = ready.generate(**inputs, **arguments, streamer=streamer)
+    seconds = time.perf_counter() - start
+    new = out.shape[1] - inputs["input_ids"].shape[1]
+    print(f"({new} tokens, {new / seconds:.1f} tokens/s)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(run("generate"))

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``qefficient compile`` and ``qefficient generate`` on tiny models with a tokenizer of words."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from QEfficient.cloud.__main__ import run
+from tests.tiny import VOCAB, save_adapter, save_base
+
+PROMPT = "w5 w9 w33"
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Write a base with its tokenizer, and two adapters."""
+    root = tmp_path_factory.mktemp("models")
+    base = save_base(root / "base")
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(base)
+    save_adapter(base, root / "one", seed=1)
+    save_adapter(base, root / "two", seed=2)
+    return root
+
+
+@pytest.fixture(scope="module")
+def graph(folders):
+    """Export the base with both adapters."""
+    pairs = [f"--adapter=one={folders / 'one'}", f"--adapter=two={folders / 'two'}"]
+    assert run("export", [str(folders / "base"), *pairs, f"--output={folders / 'graph'}"]) == 0
+    return next(folders.glob("graph-*"))
+
+
+def _expected(folders: Path, name: str) -> str:
+    """Return what PyTorch + PEFT generates."""
+    base = name == "base"
+    model = (AutoModelForCausalLM if base else AutoPeftModelForCausalLM).from_pretrained(folders / name)
+    ids = torch.tensor([[5, 9, 33]])
+    new = model.generate(input_ids=ids, do_sample=False, max_new_tokens=NEW)[0, 3:].tolist()
+    return " ".join(f"w{i}" for i in new if i > 2)
+
+
+def _text(out: str) -> list[str]:
+    return [line.strip() for line in out.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", ["base", "one", "two"])
+def test_graph(folders, graph, capsys, name):
+    """A graph completes with each of the adapters that were exported with it, and with the base."""
+    assert run("generate", [str(graph), "--use", name, "--prompt", PROMPT, "--max-new-tokens", str(NEW)]) == 0
+    captured = capsys.readouterr()
+    assert _text(captured.out) == [_expected(folders, name)]
+    assert "tokens/s)" in captured.err
+
+
+def test_program_and_all_adapters(folders, graph, capsys, monkeypatch):
+    """A program completes a prompt from standard input with every adapter in turn."""
+    assert run("compile", [str(graph / "model.onnx"), "--ctx-len=64", "--prefill-seq-len=2"]) == 0
+    program = capsys.readouterr().out.removeprefix("program:").strip()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    assert run("generate", [program, "--prompt=-", f"--max-new-tokens={NEW}"]) == 0
+    out = _text(capsys.readouterr().out)
+    assert out == ["[one]", _expected(folders, "one"), "[two]", _expected(folders, "two")]
+
+
+def test_base_with_adapter(folders, capsys):
+    """A base and an adapter's folder are exported and compiled on the way."""
+    base, one = str(folders / "base"), str(folders / "one")
+    arguments = ["--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    assert run("generate", [base, "--adapter", f"one={one}", "--use=one", "--use=base", *arguments]) == 0
+    out = _text(capsys.readouterr().out)
+    assert out == ["[one]", _expected(folders, "one"), "[base]", _expected(folders, "base")]
+    assert run("generate", [base, *arguments]) == 0
+    assert _text(capsys.readouterr().out) == [_expected(folders, "base")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--use=onne"], "no adapter 'onne'; did you mean 'one'? (there are: one, two, base)"),
+        (["--adapter=x=y"], "comes with its adapters: leave out --adapter"),
+        (["--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
+        (["--max-new-tokens=900", "--use=one"], "the context does not fit: prompt and new tokens need 902 positions"),
+        (["--max-new-token=9"], "unknown option '--max-new-token'; did you mean '--max-new-tokens'?"),
+    ],
+)
+def test_mistakes(graph, capsys, arguments, message):
+    """A mistake is one line on standard error, and exit code 2."""
+    assert run("generate", [str(graph), "--prompt", PROMPT, *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_compile_mistakes(graph, tmp_path, capsys):
+    """A folder that is no graph, and a target that is unknown, are said so."""
+    assert run("compile", [str(tmp_path)]) == 2
+    assert "is not an exported graph" in capsys.readouterr().err
+    assert run("compile", [str(graph), "--target=npu"]) == 2
+    assert "unknown target 'npu' (known: onnxruntime)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["compile", "generate"])
+def test_help_is_fast(name):
+    """``--help`` loads neither PyTorch nor ONNX Runtime."""
+    code = (
+        "import sys\nfrom QEfficient.cloud.__main__ import main\n"
+        f"try: main([{name!r}, '--help'])\nexcept SystemExit: pass\n"
+        "print(sorted({'torch', 'onnxruntime', 'transformers', 'onnx_ir'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
