@@ -95,7 +95,7 @@ def _ask_effect(candidate: Candidate, subject: str) -> Finding:
     if found.error <= FLOAT32_NOISE and abs(found.gain - 1) < 0.05:
         text = f"The adapter's effect ({number(found.effect)} of the range) is so small that rounding is {number(part)} of it."
         return Finding(Outcome.WARN, text, part, facts)
-    text = f"The difference is {number(part)} of what the adapter changes: {says_gain(found.gain)}."
+    text = f"The difference is {number(part)} of what the adapter changes."
     return Finding(Outcome.FAIL, f"{text} {_advice(candidate, subject, found)}", part, facts)
 
 

@@ -70,12 +70,18 @@ def render(report: Report) -> str:
         ratio=text.ratio,
         results=_by_cell(report),
         columns=_columns(report),
-        plots=[p for s in report.subjects if (p := closeness(report, s.name)) is not None],
+        plots=_plots(report),
         measured=_measured_subjects(report),
         memory=memory(report),
         tiles=_tiles(report),
         slug=lambda r: anchors[id(r)],
     )
+
+
+def _plots(report: Report) -> list[Plot]:
+    """Return the plot of every subject, those that failed before the others."""
+    subjects = sorted(report.subjects, key=lambda s: report.verdict_of(s.name) is not Outcome.FAIL)
+    return [p for s in subjects if (p := closeness(report, s.name)) is not None]
 
 
 def closeness(report: Report, subject: str) -> Plot | None:
@@ -161,7 +167,7 @@ def _by_cell(report: Report) -> dict[tuple[str, str], CheckResult]:
 
 def _measured_subjects(report: Report) -> list[str]:
     found = {m.subject for m in report.measurements if m.metric in text.METRICS}
-    return [s.name for s in (*report.adapters[:5], report.base) if s.name in found]
+    return [s.name for s in (*report.adapters[:1], report.base, *report.adapters[1:]) if s.name in found]
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
-from QEfficient.testing.text import MARKS, METRICS, PARTS, number, ratio, size, times
+from QEfficient.testing.text import MARKS, METRICS, PARTS, listed, number, ratio, size, times
 
 _COLOUR = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.WARN: "yellow", Outcome.SKIP: "bright_black"}
 _MOST_REASONS = 8
@@ -32,18 +32,21 @@ def view(report: Report) -> RenderableType:
 
 
 def _reasons(report: Report) -> list[RenderableType]:
-    """What failed, then what was noticed."""
-    found = [*report.with_outcome(Outcome.FAIL), *report.with_outcome(Outcome.WARN)]
+    """What failed, then what was noticed: for each subject the cause, and the names of what follows from it."""
+    findings = report.findings()
     shown: list[RenderableType] = []
-    for result in found[:_MOST_REASONS]:
+    for first, *others in findings[:_MOST_REASONS]:
         title = Text.assemble(
-            (MARKS[result.outcome], f"bold {_COLOUR[result.outcome]}"),
-            (f" {result.subject}", "bold"),
-            f" · {result.stage.value} · {result.title}",
+            (MARKS[first.outcome], f"bold {_COLOUR[first.outcome]}"),
+            (f" {first.subject}", "bold"),
+            f" · {first.stage.value} · {first.title}",
         )
-        shown += [Text(), title, Padding(Text(result.message), (0, 0, 0, 2))]
-    if len(found) > _MOST_REASONS:
-        shown += [Text(), Text(f"… and {len(found) - _MOST_REASONS} more, in the report.")]
+        shown += [Text(), title, Padding(Text(first.message), (0, 0, 0, 2))]
+        if others:
+            names = listed([r.name for r in others], 4)
+            shown.append(Padding(Text(f"also: {names}", style="bright_black"), (0, 0, 0, 2)))
+    if len(findings) > _MOST_REASONS:
+        shown += [Text(), Text(f"… and {len(findings) - _MOST_REASONS} more adapters, in the report.")]
     return shown
 
 

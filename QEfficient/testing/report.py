@@ -192,6 +192,13 @@ class Report:
         """Return the results with this outcome, of one subject or of all."""
         return [r for r in self.results if r.outcome == outcome and subject in (None, r.subject)]
 
+    def findings(self) -> list[list[CheckResult]]:
+        """Return what failed and then what warned, one list for each subject; its first entry is the earliest, so the cause."""
+        groups: dict[tuple[Outcome, str], list[CheckResult]] = {}
+        for result in [*self.with_outcome(Outcome.FAIL), *self.with_outcome(Outcome.WARN)]:
+            groups.setdefault((result.outcome, result.subject), []).append(result)
+        return list(groups.values())
+
     def verdict_of(self, subject: str) -> Outcome:
         """Return the worst outcome of one subject's checks."""
         found = {r.outcome for r in self.results if r.subject == subject}
