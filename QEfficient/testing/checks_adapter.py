@@ -156,7 +156,7 @@ CHECKS: tuple[Check[AdapterFiles], ...] = (
         "No tensor may be left over and no module left out: PEFT only warns, and the model runs as if it had no adapter.",
         _ask_coverage,
         tolerance=0,
-        unit="tensors",
+        unit="misplaced tensors",
     ),
     Check(
         "finite",
@@ -164,7 +164,7 @@ CHECKS: tuple[Check[AdapterFiles], ...] = (
         "One NaN makes every output NaN, and PEFT loads it without a word.",
         _ask_finite,
         tolerance=0,
-        unit="tensors",
+        unit="damaged tensors",
     ),
     Check(
         "effect",

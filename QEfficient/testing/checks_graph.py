@@ -164,7 +164,7 @@ CHECKS: tuple[Check[Candidate], ...] = (
         "Export copies, so they are equal bit by bit, scalings included.",
         _ask_tensors,
         tolerance=0,
-        unit="tensors",
+        unit="differing tensors",
     ),
     *(
         Check(name, title, _FLOAT32, _asks_logits(name), LOGITS_TOLERANCE, "of range", of_base=True)
@@ -189,7 +189,7 @@ CHECKS: tuple[Check[Candidate], ...] = (
         "Each token must be PyTorch's choice for the same prefix, or one that PyTorch ranks equal within the logits' tolerance.",
         ask_greedy,
         tolerance=0,
-        unit="tokens",
+        unit="wrong tokens",
         of_base=True,
     ),
     Check(
@@ -198,7 +198,7 @@ CHECKS: tuple[Check[Candidate], ...] = (
         "A row's tokens must not depend on the other rows or on their lengths.",
         ask_greedy_batch,
         tolerance=0,
-        unit="tokens",
+        unit="wrong tokens",
         of_base=True,
     ),
     Check(

@@ -60,7 +60,7 @@ CHECKS: tuple[Check[Reference], ...] = (
         "What is not finite in PyTorch cannot be compared with anything.",
         _ask_finite,
         tolerance=0,
-        unit="positions",
+        unit="positions not finite",
         of_base=True,
     ),
     Check(

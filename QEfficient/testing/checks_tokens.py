@@ -53,7 +53,7 @@ def _ask(candidate: Candidate, subject: str, prompts: list[Tokens]) -> Finding:
     wrong = [(i, int(t)) for i, r in enumerate(rows) for t in np.flatnonzero(~(r.lead <= 2 * LOGITS_TOLERANCE))]
     facts: Facts = {"tokens": total, "equal": equal, "near-ties": total - equal - len(wrong)}
     steps = tuple(f"row {i}, token {t}" for i in range(len(rows)) for t in range(count))
-    series = (Series("PyTorch's lead", steps, tuple(float(v) for r in rows for v in r.lead)),)
+    series = (Series("how far PyTorch prefers another token", steps, tuple(float(v) for r in rows for v in r.lead)),)
     if wrong:
         text = f"{len(wrong)} of {total} tokens are not PyTorch's. First: {_explain(rows, *wrong[0])}; not a near-tie."
         return Finding(Outcome.FAIL, text, len(wrong), facts, series)

@@ -72,7 +72,7 @@ def judged(result: CheckResult) -> str:
     if result.tolerance is None:
         return number(result.measured, result.unit)
     word = "needs at least" if result.at_least else "allowed"
-    return f"{number(result.measured, result.unit)} ({word} {number(result.tolerance, result.unit)})"
+    return f"{number(result.measured, result.unit)} ({word} {number(result.tolerance)})"
 
 
 def counted(count: int, noun: str) -> str:
