@@ -2,7 +2,8 @@
 """One loaded graph or program, its cache, and its resident adapters.
 
 Knows NumPy and ONNX Runtime; knows neither PyTorch nor text. Cache and adapters stay where they are: past and present
-are bound to the same memory, an adapter is bound when it is selected, and a call binds only tokens, positions and logits.
+are bound to the same memory, an adapter is bound when it is first selected (to a binding of its own, so that switching costs
+the same whatever their number and size), and a call binds only tokens, positions and logits.
 """
 
 import threading
@@ -118,7 +119,7 @@ class OrtSession:
         base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE)
         self._adapters: dict[str, dict[str, Array]] = {BASE: base}
         self._active = BASE
-        self._binding: Any = None
+        self._bindings: dict[str, Any] = {}  # of the cache and an adapter, made when first used
 
     @property
     def batch_size(self) -> int:
@@ -161,11 +162,10 @@ class OrtSession:
                     f"a cache of batch_size {batch_size} by ctx_len {ctx_len} takes {need / 2**20:.0f} MiB, "
                     f"{available / 2**20:.0f} MiB of memory are available. Use a smaller batch_size or ctx_len."
                 )
-            self._binding = None
+            self._bindings = {}
             self._states = {}
             self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
             self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
-            self._binding = self._bind_all()
 
     def reset(self) -> None:
         """Empty the cache: what was filled becomes zero."""
@@ -200,7 +200,9 @@ class OrtSession:
             self._filled = max(self._filled, int(positions[:, 0].max()) + ids.shape[1])
             if self._one_row_chunks and ids.shape[0] > 1 and ids.shape[1] > 1 and positions[:, 0].any():
                 return self._run_rows(ids, positions)
-            return self._call(self._binding, ids, positions)
+            if self._active not in self._bindings:
+                self._bindings[self._active] = self._bind_all()
+            return self._call(self._bindings[self._active], ids, positions)
 
     def reorder(self, rows: Sequence[int] | Array) -> None:
         """Let row ``b`` of the cache become what row ``rows[b]`` was; only rows that change are copied."""
@@ -236,9 +238,8 @@ class OrtSession:
         validate(name, tensors, self.manifest.adapter)
         placed = place(tensors, self.manifest.adapter)
         with self._lock:
+            self._bindings.pop(name, None)
             self._adapters[name] = placed
-            if name == self._active:
-                self._bind_adapter(self._binding)
 
     def set_adapter(self, name: str) -> None:
         """Run with a resident adapter, or with ``"base"``, from the next call on. The cache stays as it is.
@@ -248,9 +249,7 @@ class OrtSession:
         """
         with self._lock:
             self._known(name)
-            if name != self._active:
-                self._active = name
-                self._bind_adapter(self._binding)
+            self._active = name
 
     def unload_adapter(self, name: str) -> None:
         """Forget a resident adapter; if it is active, the base becomes active.
@@ -263,7 +262,8 @@ class OrtSession:
             if name == BASE:
                 raise ConfigError(f"{BASE!r} cannot be unloaded")
             if name == self._active:
-                self.set_adapter(BASE)
+                self._active = BASE
+            self._bindings.pop(name, None)
             del self._adapters[name]
 
     def memory_bytes(self) -> dict[str, int]:
@@ -283,7 +283,7 @@ class OrtSession:
             )
 
     def _check(self, ids: Array, positions: Array) -> None:
-        if self._binding is None:
+        if not self._batch_size:
             raise NotCompiledError("the session has no cache yet: call allocate(batch_size, ctx_len) first")
         if ids.ndim != 2 or ids.shape[0] != self._batch_size or ids.shape[1] < 1 or positions.shape != ids.shape:
             raise ConfigError(
@@ -329,13 +329,9 @@ class OrtSession:
             part = state if row is None else state[row : row + 1]
             _bind_input(binding, name, part)
             _bind_output(binding, name + RETAINED, part)
-        self._bind_adapter(binding)
+        for name, tensor in self._adapters[self._active].items():
+            _bind_input(binding, name, tensor)
         return binding
-
-    def _bind_adapter(self, binding: Any) -> None:
-        if binding is not None:
-            for name, tensor in self._adapters[self._active].items():
-                _bind_input(binding, name, tensor)
 
 
 def longest_context(manifest: Manifest) -> int:
