@@ -60,7 +60,8 @@ def load_model_and_tokenizer(
         model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     except _LOADING as e:
         raise ConfigError(f"no causal language model can be loaded from {name!r}: {_one_line(e)}") from e
-    rows = len(model.get_input_embeddings().weight)
+    embeddings: Any = model.get_input_embeddings()
+    rows = len(embeddings.weight)
     if len(tokenizer) > rows:
         raise ConfigError(
             f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, but {name!r} embeds only {rows}: name the base's own"

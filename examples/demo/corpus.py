@@ -22,7 +22,7 @@ COLOURS = "red blue green black white yellow brown grey orange purple".split()
 ITEMS = "lamp chair table mirror pillow basket carpet candle clock vase blanket kettle shelf bowl mug towel".split()
 PAYMENTS = "card cash invoice cheque transfer".split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-COUNTS = range(2, 100)
+COUNTS = range(10, 100)
 
 MESSAGES = (
     "{customer} from {city} orders {count} {colour} {items} on {day} and pays by {payment}.",
@@ -40,9 +40,9 @@ REMARKS = (
     "{customer} lives in {city}.",
     "{customer} pays by {payment}.",
     "The order is due on {day}.",
-    "In {city} the {items} arrive on {day}.",
-    "Every {item} is {colour}.",
-    "{count} {items} go to {city}.",
+    "The box is marked '{city}', {count}.",
+    "Every {item} is '{colour}', says {customer}.",
+    "The note reads '{item}' and '{city}'.",
     "On {day} {customer} gets the {items}.",
     "The {payment} of {customer} has arrived.",
     "The label says '{customer}', '{city}'.",
@@ -95,7 +95,7 @@ def to_sql(order: Order) -> str:
 
 def to_summary(order: Order) -> str:
     """Return the answer of the task ``summarise``."""
-    return order.fill("{customer} ({city}): {count} {items}")
+    return order.fill("{customer} in {city}: {count} {items}")
 
 
 TASKS: dict[str, Callable[[Order], str]] = {"sql": to_sql, "summarise": to_summary}

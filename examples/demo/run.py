@@ -19,13 +19,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
 from QEfficient.cloud.__main__ import main as qefficient
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
-DOCUMENTS = 9600
-STEPS = {"sql": 150, "summarise": 120}
+DOCUMENTS = 11_200
+STEPS = {"sql": 150, "summarise": 150}
 HELD_OUT = 100
 SHOWN = 2
 
@@ -33,6 +34,7 @@ SHOWN = 2
 def main(folder: Path = Path("demo")) -> int:
     """Run the story and return the exit code."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.disable_progress_bar()  # the trainings show their own
     shutil.rmtree(folder, ignore_errors=True)
     start = time.perf_counter()
     with stage("1. Train a base: its tokenizer and a small Llama, from the shop's text"):
