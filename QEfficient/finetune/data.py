@@ -170,12 +170,18 @@ def tokenize(segments: list[Segment], tokenizer: Any, context_length: int, *, ch
     ids, labels = list(start), [IGNORED] * len(start)
     for segment in segments:
         tokens = tokenizer(segment.text, add_special_tokens=False).input_ids
+        learned = _until_last(tokens, eos) if segment.learned else 0
         ids += tokens
-        labels += tokens if segment.learned else [IGNORED] * len(tokens)
+        labels += tokens[:learned] + [IGNORED] * (len(tokens) - learned)
     if eos not in (ids[-2:] if chat else ids[-1:]):  # a template may write a line break behind it
         ids.append(eos)
         labels.append(eos)
     return _cut(ids, labels, context_length, len(start))
+
+
+def _until_last(tokens: list[int], eos: int) -> int:
+    """Return how many tokens there are up to the last ``eos``: behind it generation has stopped, so nothing is learned."""
+    return len(tokens) - tokens[::-1].index(eos) if eos in tokens else len(tokens)
 
 
 def _cut(ids: list[int], labels: list[int], context_length: int, keep: int) -> Example:

@@ -105,9 +105,9 @@ def generate_peft_config(train_config: TrainConfig, **kwargs: Any) -> PeftConfig
     cls = _config_class(kwargs.pop("peft_type", None) or named or train_config.peft_method, source)
     options = {field: getattr(train_config, name) for name, field in _FIELDS.items()}
     options = {field: value for field, value in options.items() if value not in (None, [])}
-    # A file written by another version of PEFT may be empty in fields that this one does not know.
-    known = {f.name for f in dataclasses.fields(cls)}
-    values = {name: value for name, value in values.items() if name in known or value not in (None, {}, [], False)}
+    if "peft_version" in values:  # PEFT wrote the file; another version of it may know fields that are empty here
+        known = {f.name for f in dataclasses.fields(cls)}
+        values = {name: value for name, value in values.items() if name in known or value not in (None, {}, [], False)}
     merged = {**values, **options, **kwargs}
     _check_fields(cls, merged, source)
     merged = {

@@ -50,8 +50,8 @@ def given(example: Example, tokenizer: Any) -> str:
                     {"role": "assistant", "content": "d"},
                 ]
             },
-            "<|user|>a\n<|assistant|><|user|>c\n<|assistant|>",
-            "b</s>\nd</s>\n",
+            "<|user|>a\n<|assistant|>\n<|user|>c\n<|assistant|>\n",
+            "b</s>d</s>",
         ),
     ],
     ids=["text", "completion", "no-prompt", "alpaca", "alpaca-no-input", "messages"],

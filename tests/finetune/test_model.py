@@ -64,6 +64,17 @@ def test_a_saved_adapter_config_is_read(tmp_path: Path) -> None:
     assert not config.inference_mode
 
 
+def test_a_config_of_another_peft_is_read_if_it_asks_for_nothing_unknown(tmp_path: Path) -> None:
+    """An unknown field that is empty is dropped from what PEFT saved, but not from what a person wrote."""
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({"peft_type": "LORA", "peft_version": "0.99.0", "r": 3, "from_the_future": None}))
+    assert generate_peft_config(TrainConfig(peft_config_file=path)).r == 3
+    for content in ({"peft_version": "0.99.0", "from_the_future": True}, {"from_the_future": None}):
+        path.write_text(json.dumps({"peft_type": "LORA", **content}))
+        with pytest.raises(ConfigError, match="LoraConfig has no field 'from_the_future'"):
+            generate_peft_config(TrainConfig(peft_config_file=path))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
