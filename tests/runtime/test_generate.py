@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +253,27 @@ def test_padding_needs_no_context(model):
     arguments = {"max_new_tokens": 35, "do_sample": False, "pad_token_id": PAD}
     got = model.generate(wide[0], attention_mask=wide[1], **arguments)
     assert got[:, 40:].tolist() == model.generate(ids, attention_mask=mask, **arguments).tolist()
+
+
+def test_threads_wait_for_each_other(model):
+    """Generations that several threads ask for at once come out as they do one after the other."""
+    prompts = [_prompts(n, seed=n)[0] for n in (3, 9, 5, 12)]
+    arguments = {"max_new_tokens": 8, "do_sample": False}
+    expected = [model.generate(p, **arguments).tolist() for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda p: model.generate(p, **arguments).tolist(), prompts)) == expected
+
+
+def test_pytorch_keeps_its_threads(model, monkeypatch):
+    """PyTorch runs on one thread during generation, and has its threads back afterwards, also after an error."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        seen = []
+        monkeypatch.setattr(model, "forward", lambda **_: seen.append(torch.get_num_threads()) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.generate(_prompts(4)[0], max_new_tokens=2)
+        assert seen == [1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from QEfficient.compile.program import compile_graph
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
+from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.runtime import session as session_module
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import OrtSession
@@ -44,6 +46,23 @@ def test_prefill_then_decode(tiny, session, lengths, chunk_len):
     for token in range(4):
         logits, rows = step(session, rows, [token] * len(rows))
         _assert_logits(tiny, logits, rows)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["graph", "program"])
+def test_logits_of_every_position(tiny, tmp_path, compiled):
+    """A graph exported with ``logits="all"`` gives PyTorch's logits at every real token, in first and later chunks."""
+    graph = export_graph(tiny.model, tmp_path / "all", adapter_name="one", logits="all")
+    session = OrtSession(compile_graph(graph) if compiled else graph, threads=1)
+    rows = _rows_of(7, 4)
+    session.allocate(2, 16)
+    first = session.run(np.stack([r[:3] for r in rows]), np.tile(np.arange(3), (2, 1)))
+    ids = np.stack([rows[0][3:], np.pad(rows[1][3:], (0, 3))])
+    second = session.run(ids, np.array([[3, 4, 5, 6], [3, -1, -1, -1]]))
+    for b, row in enumerate(rows):
+        got = np.concatenate([first[b], second[b]])[: len(row)]
+        _assert_logits(tiny, got, [row[: n + 1] for n in range(len(row))])
+    session.reset()
+    _assert_logits(tiny, prefill(session, rows, chunk_len=3), rows)
 
 
 def test_prefill_continues(tiny, session):
