@@ -65,6 +65,15 @@ def _ask(candidate: Candidate, subject: str, prompts: list[Tokens]) -> Finding:
 
 
 def _judge(candidate: Candidate, subject: str, prompt: Tokens, chosen: Tokens) -> _Row:
+    known = candidate.reference.judged
+    key = (subject, np.concatenate([prompt, chosen]).tobytes())
+    if key not in known:
+        known[key] = _compare(candidate, subject, prompt, chosen)
+    row: _Row = known[key]
+    return row
+
+
+def _compare(candidate: Candidate, subject: str, prompt: Tokens, chosen: Tokens) -> _Row:
     whole = np.concatenate([prompt, chosen[:-1]])
     logits = candidate.reference.logits(subject, whole)[len(prompt) - 1 :].astype(np.float64)
     wanted = logits.argmax(axis=1)

@@ -24,6 +24,8 @@ _PREFILL = 128
 _DECODE = 24
 _REPEATS = 5
 _SWITCHES = 20
+_FEWEST_STEPS = 4
+_SUBJECT_SECONDS = 5.0
 _BUDGET_SECONDS = 20.0
 
 
@@ -140,29 +142,31 @@ def measure(
 
 
 def _measure_subject(engines: dict[str, Engine], subject: str, tokens: Tokens, decode: int) -> list[Measurement]:
-    prompt = tokens[: max(1, len(tokens) // 4)]
+    """Measure in turns; the first turn only warms up, unless it alone has taken the time allowed."""
     times: dict[tuple[str, str], list[float]] = {}
     begin = time.perf_counter()
     for repeat in range(_REPEATS + 1):
+        if repeat == 1:
+            times.clear()
         for name, engine in engines.items():
             engine.select(subject)
-            taken = _turn(engine, tokens, prompt, decode)
-            if repeat:  # the first turn warms up
-                for key, values in taken.items():
-                    times.setdefault((name, key), []).extend(values)
-        if repeat >= 2 and time.perf_counter() - begin > _BUDGET_SECONDS / 4:
+            for key, values in _turn(engine, tokens, decode).items():
+                times.setdefault((name, key), []).extend(values)
+        if time.perf_counter() - begin > _SUBJECT_SECONDS:
             break
     return [m for name in engines for m in _metrics(name, subject, times, len(tokens))]
 
 
-def _turn(engine: Engine, tokens: Tokens, prompt: Tokens, decode: int) -> dict[str, list[float]]:
-    whole, first, steps = time.perf_counter(), 0.0, []
+def _turn(engine: Engine, tokens: Tokens, decode: int) -> dict[str, list[float]]:
+    """Read a long prompt, then a short one, then decode; a slow engine decodes less."""
+    begin = time.perf_counter()
     engine.start(tokens)
-    whole = time.perf_counter() - whole
-    first = time.perf_counter()
-    token = engine.start(prompt)
-    first = time.perf_counter() - first
-    for _ in range(decode):
+    whole = time.perf_counter() - begin
+    begin = time.perf_counter()
+    token = engine.start(tokens[: max(1, len(tokens) // 4)])
+    first = time.perf_counter() - begin
+    steps: list[float] = []
+    while len(steps) < decode and (len(steps) < _FEWEST_STEPS or sum(steps) < _SUBJECT_SECONDS / 2):
         begin = time.perf_counter()
         token = engine.step(token)
         steps.append(time.perf_counter() - begin)

@@ -275,6 +275,7 @@ class Tied:
 
     def __init__(self, reference: Reference) -> None:
         self.reference = reference
+        self.judged: dict[tuple[str, bytes], Any] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reference, name)
