@@ -87,7 +87,9 @@ def command(argv: Sequence[str]) -> int:
 def _from_base(adapters: dict[str, str], options: Options) -> _Ready:
     """Load, export and compile what has not been exported and compiled before."""
     if not adapters:
-        return _bare_base(options)
+        from QEfficient.peft.base import export_base
+
+        return _from_graph(export_base(options.base), {}, options, base=options.base)
     from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
 
     model = QEffAutoPeftModelForCausalLM.from_base(options.base, adapters)
@@ -101,19 +103,6 @@ def _from_base(adapters: dict[str, str], options: Options) -> _Ready:
             model.set_adapter(name)
 
     return _Ready(model.generate, select, tuple(adapters), options.base)
-
-
-def _bare_base(options: Options) -> _Ready:
-    from QEfficient.export.torch_to_onnx import export_graph
-    from QEfficient.export.weights import Checkpoint
-    from QEfficient.peft.loading import checkpoint_folder, load_base
-    from QEfficient.store import cache_root
-
-    model = load_base(options.base)
-    found = checkpoint_folder(options.base)
-    destination = cache_root() / type(model).__name__ / type(model).__name__
-    graph = export_graph(model, destination, checkpoint=Checkpoint(found) if found is not None else None)
-    return _from_graph(graph, {}, options, base=options.base)
 
 
 def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, base: str = "") -> _Ready:
