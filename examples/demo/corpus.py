@@ -35,18 +35,16 @@ MESSAGES = (
 REMARKS = (
     "The {items} for {customer} must be {colour}.",
     "{customer} ordered {count} of them.",
-    "The parcel goes to {city}.",
+    "The parcel goes to {city} for {customer}.",
     "We packed {count} {colour} {items}.",
     "{customer} lives in {city}.",
-    "{customer} pays by {payment}.",
-    "The order is due on {day}.",
+    "{count} {items} go to {city}.",
     "The box is marked '{city}', {count}.",
-    "Every {item} is '{colour}', says {customer}.",
     "The note reads '{item}' and '{city}'.",
-    "On {day} {customer} gets the {items}.",
-    "The {payment} of {customer} has arrived.",
+    "Every {item} is '{colour}', says {customer}.",
     "The label says '{customer}', '{city}'.",
     "The slip says '{item}', '{colour}', {count}.",
+    "It was paid by {payment}, due on {day}.",
 )
 CATALOGUE = (
     "SELECT {item} FROM orders WHERE city = '{city}';",
@@ -114,9 +112,16 @@ def documents(count: int, *, seed: int = 0) -> list[str]:
             lines = [draw_order(rng).fill(rng.choice(CATALOGUE)) for _ in range(4)]
             found.append("\n".join(lines))
         else:
-            remarks = " ".join(order.fill(t) for t in rng.sample(REMARKS, 6))
-            found.append(f"{order.fill(rng.choice(MESSAGES))}\n{remarks}")
+            remarks = [order.fill(t) for t in rng.sample(REMARKS, 5)] + [note(order, rng)]
+            rng.shuffle(remarks)
+            found.append(f"{order.fill(rng.choice(MESSAGES))}\n{' '.join(remarks)}")
     return found
+
+
+def note(order: Order, rng: random.Random) -> str:
+    """Return a remark that lists an order's facts in any order, so that the base learns each of them on its own."""
+    facts = [repr(order.customer), repr(order.city), repr(order.item), repr(order.colour), str(order.count)]
+    return f"Note: {', '.join(rng.sample(facts, 4))}."
 
 
 def examples(task: str, count: int, *, seed: int) -> list[dict[str, str]]:

@@ -25,7 +25,7 @@ from QEfficient.cloud.__main__ import main as qefficient
 
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
-DOCUMENTS = 11_200
+DOCUMENTS = 14_400
 STEPS = {"sql": 150, "summarise": 150}
 HELD_OUT = 100
 SHOWN = 2
