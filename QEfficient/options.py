@@ -8,6 +8,7 @@ Knows argparse and dataclasses; knows no command. A field's type may be ``str``,
 import argparse
 import dataclasses
 import difflib
+import inspect
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 def option(
     default: Any = dataclasses.MISSING,
-    help: str = "",  # noqa: A002 -- the name argparse uses
+    help: str = "",
     *,
     choices: Sequence[str] | None = None,
     metavar: str | None = None,
@@ -97,7 +98,7 @@ def make_parser(cls: type, *, prog: str, description: str = "") -> argparse.Argu
     """Return the parser that :func:`parse` uses; options that were not given are absent from its result."""
     parser = _Parser(
         prog=prog,
-        description=description or (cls.__doc__ or "").strip(),
+        description=description or inspect.cleandoc(cls.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -126,7 +127,7 @@ def make_parser(cls: type, *, prog: str, description: str = "") -> argparse.Argu
 class _Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError, and suggests the option that was meant."""
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, extra = self.parse_known_args(args, namespace)
         unknown = [a for a in extra if a.startswith("--")]
         if unknown:

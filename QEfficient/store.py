@@ -71,11 +71,16 @@ def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, full: bool =
 
 
 @contextmanager
-def written_aside(target: Path) -> Iterator[Path]:
+def written_aside(target: Path, *, is_whole: Callable[[Path], bool] = lambda _: True) -> Iterator[Path]:
     """Yield an empty folder beside ``target`` that becomes ``target`` when the block succeeds.
 
-    If another process has put a folder there meanwhile, the other one stays and ours is dropped: both hold the same.
-    If the block raises, nothing is left. A killed process leaves only a ``.tmp-`` folder, which is never read.
+    If there is a whole folder by then, another process's, it stays and ours is dropped: both hold the same. A damaged
+    one is replaced. If the block raises, nothing is left. A killed process leaves only a ``.tmp-`` folder, which is never
+    read.
+
+    Args:
+        target: The folder to make.
+        is_whole: Tells whether a folder that stands there already may stay.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
@@ -83,6 +88,8 @@ def written_aside(target: Path) -> Iterator[Path]:
     try:
         yield aside
         _sync(aside)
+        if target.is_dir() and not is_whole(target):
+            _discard(target)
         try:
             os.rename(aside, target)
         except OSError:
@@ -112,6 +119,17 @@ def link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+def _discard(folder: Path) -> None:
+    """Take a folder away at once: readers see it or do not, never half of it."""
+    dead = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        os.rename(folder, dead / folder.name)
+    except FileNotFoundError:
+        pass  # somebody else was faster
+    finally:
+        shutil.rmtree(dead, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

@@ -42,6 +42,16 @@ def test_the_first_of_two_writers_wins(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["graph"]
 
 
+def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
+    """A folder that is not whole makes way for the new one."""
+    target = tmp_path / "graph"
+    target.mkdir()
+    with written_aside(target, is_whole=lambda folder: (folder / "a").is_file()) as aside:
+        (aside / "a").write_text("1")
+    assert (target / "a").read_text() == "1"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph"]
+
+
 def test_a_killed_writer_leaves_no_target(tmp_path: Path) -> None:
     """A writer killed with SIGKILL leaves nothing that could be taken for whole."""
     code = (

@@ -91,7 +91,9 @@ def save_base(folder: Path, config: PreTrainedConfig | str = "llama", *, seed: i
     return folder
 
 
-def save_adapter(base: Path, folder: Path, *, seed: int = 1, scale: float = 0.1, config: PeftConfig | None = None) -> Path:
+def save_adapter(
+    base: Path, folder: Path, *, seed: int = 1, scale: float = 0.1, config: PeftConfig | None = None
+) -> Path:
     """Write an adapter folder for the base in folder ``base`` and return it."""
     model = AutoModelForCausalLM.from_pretrained(base)
     make_peft(model, seed=seed, scale=scale, config=config).save_pretrained(str(folder))

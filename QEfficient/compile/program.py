@@ -74,7 +74,7 @@ def compile_graph(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = (Path(out) if out is not None else graph) / f"qpc-{digest}"
     if not _is_whole(folder / PROGRAM_DIR):
-        with written_aside(folder) as aside:
+        with written_aside(folder, is_whole=lambda made: _is_whole(made / PROGRAM_DIR)) as aside:
             _write(graph, manifest, chosen, options, digest, aside)
     return folder / PROGRAM_DIR
 

@@ -68,17 +68,20 @@ def tracing(position_ids: Tensor, context: int) -> Iterator[Call]:
 class GraphCache(Cache):
     """A cache whose update is a ``TensorScatter`` into a buffer of fixed length."""
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor], write_index: Tensor) -> None:
+    def __init__(self, states: dict[int, tuple[Tensor, ...]], write_index: Tensor) -> None:
+        """Take each layer's keys and values, ``(B, H, C, D)``, and where this call writes, ``(B,)``."""
         super().__init__(layers=[])
-        self.keys, self.values, self.write_index = list(keys), list(values), write_index
+        self.states, self.write_index = dict(states), write_index
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Write new keys and values, ``(B, H, S, D)``; return the whole cache of the layer, ``(B, H, C, D)``."""
-        self.keys[layer_idx] = _scatter(self.keys[layer_idx], key_states, self.write_index)
-        self.values[layer_idx] = _scatter(self.values[layer_idx], value_states, self.write_index)
-        return self.keys[layer_idx], self.values[layer_idx]
+        past_key, past_value = self.states[layer_idx]
+        key = _scatter(past_key, key_states, self.write_index)
+        value = _scatter(past_value, value_states, self.write_index)
+        self.states[layer_idx] = (key, value)
+        return key, value
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: D102 -- positions are always given
         return 0
@@ -87,7 +90,7 @@ class GraphCache(Cache):
         return 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: D102
-        return self.keys[layer_idx].shape[2], 0
+        return self.states[layer_idx if layer_idx in self.states else min(self.states)][0].shape[2], 0
 
 
 class ShapeCache(Cache):
@@ -96,11 +99,13 @@ class ShapeCache(Cache):
     def __init__(self) -> None:
         super().__init__(layers=[])
         self.shapes: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+        self.updates = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Record the shapes and return the inputs."""
+        self.updates += 1
         self.shapes[layer_idx] = (tuple(key_states.shape), tuple(value_states.shape))
         return key_states, value_states
 

@@ -23,7 +23,7 @@ RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B"
 # Fields of a PeftConfig that leave no trace in the graph: they act in training, or through tensors and scalings.
 # Everything else does, so a field unknown to us costs a second export at worst, never a wrong graph.
 NOT_IN_GRAPH = frozenset(
-    "alpha alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules inference_mode "
+    "alpha alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode "
     "init_lora_weights init_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config "
     "module_dropout modules_to_save r rank_dropout rank_pattern revision runtime_config target_modules task_type "
     "peft_version use_rslora ensure_weight_tying".split()
@@ -51,7 +51,7 @@ class Lifted:
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a ``PeftModel``, or ``model`` itself."""
-    return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[union-attr, return-value]
+    return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
 
 
 def lift(model: nn.Module, adapter_name: str | None) -> Lifted:

@@ -19,7 +19,7 @@ from QEfficient.errors import ArtifactError, ConfigError
 from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, rank_axis
 from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.trace import Traced, trace
-from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter
+from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter, StaticReshape
 from QEfficient.export.weights import Checkpoint, TensorRef, holds, identity_of, link_weights
 from QEfficient.store import record_file, verify_files, written_aside
 
@@ -62,12 +62,17 @@ def export_graph(
     if is_whole(folder):
         return folder
     traced = trace(skeleton, lifted, adapter_name, logits=logits)
-    passes: tuple[Pass, ...] = (FoldConstants(), NameNodes(), RetainAdapter(tuple(a.name for a in traced.adapter)))
+    passes: tuple[Pass, ...] = (
+        FoldConstants(),
+        StaticReshape(),
+        NameNodes(),
+        RetainAdapter(tuple(a.name for a in traced.adapter)),
+    )
     for step in passes:
         step.apply(traced.model)
     # Now, while the weights are inputs still: the checker refuses to look at hard-linked files.
     onnx.checker.check_model(ir.to_proto(traced.model), full_check=True)
-    with written_aside(folder) as aside:
+    with written_aside(folder, is_whole=is_whole) as aside:
         _write(traced, base, aside)
         files = {p.name: record_file(p) for p in sorted(aside.iterdir())}
         replace(manifest, states=traced.states, adapter=traced.adapter, files=files).write(aside)
@@ -75,7 +80,7 @@ def export_graph(
 
 
 def is_whole(folder: Path) -> bool:
-    """Return whether ``folder`` holds a graph as it was written; a damaged one is removed from the way."""
+    """Return whether ``folder`` holds a graph as it was written."""
     if not (folder / MANIFEST_FILE).is_file():
         return False
     try:
@@ -148,7 +153,7 @@ def _describe(
         "config": _config_dict(config),
         "weights": weights.identity(),
     }
-    peft_config = plain(skeleton.peft_config[adapter_name].to_dict()) if adapter_name is not None else {}  # type: ignore[union-attr, index, operator]
+    peft_config = plain(skeleton.peft_config[adapter_name].to_dict()) if adapter_name is not None else {}  # type: ignore[union-attr, index]
     versions = {name: version(name) for name in _VERSIONED}
     inputs = [(n, [str(d) for d in t.shape]) for n, t in _ranked(lifted)] + sorted(lifted.scalings)
     shaping = [base, graph_fields(peft_config), inputs, logits, versions]

@@ -118,7 +118,8 @@ def identity_of(tensors: Mapping[str, torch.Tensor]) -> str:
     for name, tensor in tensors.items():
         plain = tensor.detach().cpu().contiguous()
         hasher.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
-        hasher.update(plain.view(-1).view(torch.uint8).numpy() if plain.numel() else b"")
+        if plain.numel():
+            hasher.update(plain.view(-1).view(torch.uint8).numpy().data)
     return hasher.hexdigest()
 
 
@@ -135,7 +136,7 @@ def holds(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], aliases: 
         stored_as = next((a for a in aliases[name] if a in checkpoint.refs), None)
         if stored_as is None:
             return False
-        stored = opened[checkpoint.refs[stored_as].path].get_tensor(stored_as)
+        stored = opened[checkpoint.refs[stored_as].path].get_tensor(stored_as)  # type: ignore[no-untyped-call]
         if stored.shape != tensor.shape or not torch.equal(stored.to(tensor.dtype), tensor.cpu()):
             return False
     return True

@@ -210,7 +210,7 @@ def read_exported(path: Path) -> Adapter:
         metadata = f.metadata() or {}
     if "peft_config" not in metadata:
         raise ArtifactError(f"{path} was not written by export: it records no PEFT configuration")
-    config = PeftConfig.from_peft_type(**json.loads(metadata["peft_config"]))
+    config = PeftConfig.from_peft_type(**json.loads(metadata["peft_config"]))  # type: ignore[no-untyped-call]
     scalings = {n: float(tensors.pop(n)) for n in list(tensors) if n.endswith(".scaling")}
     return Adapter(path.stem, config, tensors, scalings)
 

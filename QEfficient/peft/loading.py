@@ -30,7 +30,8 @@ def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **k
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, **kwargs)
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
-    return model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def checkpoint_folder(base: str | Path) -> Path | None:
