@@ -18,7 +18,7 @@ METRICS = {
     "token_latency_p50_ms": ("Token latency, median", "ms", False),
     "token_latency_p90_ms": ("Token latency, 90 %", "ms", False),
     "token_latency_p99_ms": ("Token latency, 99 %", "ms", False),
-    "switch_ms": ("Adapter switch", "ms", False),
+    "switch_ms": ("Switch and token", "ms", False),
 }
 """Title, unit and whether more is better, of each metric that has a value for both engines."""
 
