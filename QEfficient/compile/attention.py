@@ -6,13 +6,11 @@ whole cache. ``GroupQueryAttention`` of ONNX Runtime does both in one kernel, an
 """
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.masks import UNLIMITED, causal_window
-
-CONTRIB = "com.microsoft"
+from QEfficient.compile.values import CONTRIB, new_constant, take_over
 
 _HEADS_LAST = (0, 2, 1, 3)
 
@@ -119,7 +117,7 @@ def _is_start_plus_length(nonpad: ir.Value, start: ir.Value | None) -> bool:
 
 def _kernel_lengths(graph: ir.Graph, nonpad: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Return ``seqlens_k`` ``(B,)`` and ``total_sequence_length`` ``()``, both int32, behind the node that makes ``nonpad``."""
-    one = _constant(graph, f"{nonpad.name}_one", np.array([1], np.int64))
+    one = new_constant(graph, f"{nonpad.name}_one", np.array([1], np.int64))
     before = ir.node("Sub", [nonpad, one])
     rows = ir.node("Cast", before.outputs, attributes={"to": ir.DataType.INT32})
     longest = ir.node("ReduceMax", [nonpad], attributes={"keepdims": 0})
@@ -161,13 +159,13 @@ def _replace(
         domain=CONTRIB,
         num_outputs=3,
     )
-    by_head = _constant(graph, f"{node.outputs[0].name}_by_head", np.array([0, 0, heads, size], np.int64))
+    by_head = new_constant(graph, f"{node.outputs[0].name}_by_head", np.array([0, 0, heads, size], np.int64))
     split = ir.node("Reshape", [fused.outputs[0], by_head])
     heads_first = ir.node("Transpose", split.outputs, attributes={"perm": _HEADS_LAST})
     graph.insert_before(node, [n for nodes in before for n in nodes] + [fused, split, heads_first])
-    _take_over(graph, node.outputs[0], heads_first.outputs[0])
-    _take_over(graph, write_key.outputs[0], fused.outputs[1])
-    _take_over(graph, write_value.outputs[0], fused.outputs[2])
+    take_over(node.outputs[0], heads_first.outputs[0])
+    take_over(write_key.outputs[0], fused.outputs[1])
+    take_over(write_value.outputs[0], fused.outputs[2])
     graph.remove([node, write_key, write_value], safe=True)
 
 
@@ -175,26 +173,9 @@ def _heads_last(graph: ir.Graph, value: ir.Value | None) -> list[ir.Node]:
     """Return nodes that turn ``(B, H, S, D)`` into ``(B, S, H * D)``."""
     if value is None:
         raise ValueError("attention without a query, key or value")
-    flat = _constant(graph, "qeff_heads_flat", np.array([0, 0, -1], np.int64))
+    flat = new_constant(graph, "qeff_heads_flat", np.array([0, 0, -1], np.int64))
     transpose = ir.node("Transpose", [value], attributes={"perm": _HEADS_LAST})
     return [transpose, ir.node("Reshape", [transpose.outputs[0], flat])]
-
-
-def _take_over(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
-    """Let ``new`` stand for ``old`` wherever it is used, graph outputs included, under its name."""
-    new.shape = old.shape
-    new.type = old.type
-    new.name, old.name = old.name, f"{old.name}_before"
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
-
-
-def _constant(graph: ir.Graph, name: str, array: npt.NDArray[np.int64]) -> ir.Value:
-    if name in graph.initializers:
-        return graph.initializers[name]
-    value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-    value.shape, value.dtype = ir.Shape(array.shape), ir.DataType.from_numpy(array.dtype)
-    graph.register_initializer(value)
-    return value
 
 
 def _dim(value: ir.Value | None, axis: int) -> int | None:

@@ -18,7 +18,7 @@ from QEfficient.store import link_or_copy, record_file, verify_files, written_as
 
 PROGRAM_DIR = "program"
 CONFIG_FILE = "qconfig.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raised when the passes change what they make of the same graph."""
 
 

@@ -11,7 +11,11 @@ from typing import Protocol
 import onnx_ir as ir
 
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
-from QEfficient.compile.attention import CONTRIB, FuseCacheAttention
+from QEfficient.compile.attention import FuseCacheAttention
+from QEfficient.compile.heads import FoldHeadSplits
+from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
+from QEfficient.compile.rotary import RotaryIntoAttention
+from QEfficient.compile.values import CONTRIB
 from QEfficient.contract import MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.options import suggest
@@ -54,7 +58,16 @@ class OnnxRuntime:
     def passes(self, manifest: Manifest) -> tuple[Pass, ...]:
         """Return the rewrites in their order."""
         names = [spec.name for spec in manifest.adapter]
-        return (DropAdapterOutputs(), FoldAdapterTranspose(names), FoldAdapterScaling(names), FuseCacheAttention())
+        return (
+            DropAdapterOutputs(),
+            FoldAdapterTranspose(names),
+            FoldAdapterScaling(names),
+            FuseCacheAttention(),
+            RotaryIntoAttention(manifest.max_positions),
+            FoldHeadSplits(),
+            FuseRmsNorm(),
+            FuseSkipNorm(),
+        )
 
     def lower(self, graph: Path, manifest: Manifest, precision: str, folder: Path) -> Manifest:
         """Apply the passes; large weights stay where they are, external to the model file."""

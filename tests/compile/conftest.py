@@ -23,6 +23,7 @@ from tests.tiny import SHAPE, STYLES, VOCAB, lora, make_base, make_peft
 
 # Bounds low enough to change every score.
 SOFTCAPPED = Gemma2Config(**SHAPE, head_dim=16, sliding_window=5, attn_logit_softcapping=0.5)
+TARGETS = {"gpt2": ["c_attn", "c_fc"], "phi3": ["qkv_proj", "down_proj"]}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Export
     def export(style: str) -> Exported:
         if style not in made:
             torch.manual_seed(0)
-            targets = ["c_attn", "c_fc"] if style == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+            targets = TARGETS.get(style, ["q_proj", "v_proj", "down_proj"])
             config = lora(target_modules=targets, fan_in_fan_out=style == "gpt2")
             model = make_peft(make_base(SOFTCAPPED if style == "softcapped" else STYLES[style]), config=config)
             folder = tmp_path_factory.mktemp(style) / "graph"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: BSD-3-Clause
+from collections import Counter
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from QEfficient.compile.norms import NORM, SKIP_NORM, FuseRmsNorm, FuseSkipNorm
+
+# A kernel adds squares in another order than the chain: about 1e-6 of logits near 10, through two layers.
+TOLERANCE = 5e-5
+# Norms of two layers and the last one. Gemma's are four to a layer, and half of them have no sum before them; Qwen3 has two on heads.
+NORMS = {"llama": 5, "qwen2": 5, "qwen3": 9, "gemma2": 9, "phi3": 5, "gpt2": 0}
+# Gemma norms what a block returns, too: here that is the sum of the base's and the adapter's output.
+SUMS = {"llama": 4, "qwen2": 4, "qwen3": 4, "gemma2": 6, "phi3": 4, "gpt2": 0}
+
+
+def _operators(model):
+    return Counter(node.op_type for node in model.graph)
+
+
+@pytest.mark.parametrize("style", NORMS)
+def test_same_logits(exported, trace, tmp_path, style):
+    """Every norm of every style becomes one kernel, those behind a residual sum one with it, and the logits agree."""
+    made = exported(style)
+    before = trace(made.session(made.load(), tmp_path / "before"))
+    model, changed = FuseRmsNorm().apply(made.load())
+    assert changed == bool(NORMS[style])
+    assert _operators(model)[NORM] == NORMS[style]
+    model, changed = FuseSkipNorm().apply(model)
+    assert changed == bool(SUMS[style])
+    assert _operators(model)[SKIP_NORM] == SUMS[style]
+    assert _operators(model)[NORM] == NORMS[style] - SUMS[style]
+    assert "ReduceMean" not in _operators(model)
+    for a, b in zip(before, trace(made.session(model, tmp_path / "after")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_second_time_nothing_changes(exported):
+    """Applied again, the passes find nothing."""
+    model = exported("llama").load()
+    for rewrite in (FuseRmsNorm(), FuseSkipNorm()):
+        assert rewrite.apply(model)[1]
+        assert not rewrite.apply(model)[1]
+
+
+def _other_power(model):
+    for node in model.graph:
+        if node.op_type == "Pow":
+            three = ir.Value(name=f"{node.outputs[0].name}_three", const_value=ir.tensor(np.float32(3)))
+            model.graph.register_initializer(three)
+            node.replace_input_with(1, three)
+
+
+def _other_axis(model):
+    for node in model.graph:
+        if node.op_type == "ReduceMean":
+            axis = ir.Value(name=f"{node.outputs[0].name}_axis", const_value=ir.tensor(np.array([1])))
+            model.graph.register_initializer(axis)
+            node.replace_input_with(1, axis)
+
+
+def _not_kept(model):
+    for node in model.graph:
+        if node.op_type == "ReduceMean":
+            node.attributes["keepdims"] = ir.AttrInt64("keepdims", 0)
+
+
+@pytest.mark.parametrize("change", [_other_power, _other_axis, _not_kept])
+def test_left_alone(exported, change):
+    """A chain that is not exactly the norm over the last axis stays as it is."""
+    model = exported("llama").load()
+    change(model)
+    before = _operators(model)
+    model, changed = FuseRmsNorm().apply(model)
+    assert not changed
+    assert _operators(model) == before
+
+
+def test_a_broadcast_sum_is_left_alone(exported):
+    """A norm behind a sum with a vector, a bias, keeps the sum."""
+    model, _ = FuseRmsNorm().apply(exported("llama").load())
+    for node in [n for n in model.graph if n.op_type == NORM]:
+        bias = ir.Value(name=f"{node.outputs[0].name}_bias", const_value=ir.tensor(np.ones(64, np.float32)))
+        bias.shape = ir.Shape([64])
+        model.graph.register_initializer(bias)
+        add = ir.node("Add", [node.inputs[0], bias])
+        add.outputs[0].shape, add.outputs[0].type = node.inputs[0].shape, node.inputs[0].type
+        model.graph.insert_before(node, add)
+        node.replace_input_with(0, add.outputs[0])
+    assert not FuseSkipNorm().apply(model)[1]
