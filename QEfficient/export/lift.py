@@ -36,17 +36,19 @@ class Lifted:
 
     Attributes:
         base: Base tensors by the base's own names.
-        adapter: Adapter tensors by their names in the adapter's file (buffers that no file holds: by module path).
+        adapter: Adapter tensors by their names in the adapter's file (what no file holds: by module path).
         scalings: The scaling of each adapted module, by input name.
         sites: Parameter or buffer path in the module tree -> name in ``base`` or ``adapter``.
-        scaling_sites: Input name of a scaling -> path of its module.
+        entries: Name in ``adapter`` or ``scalings`` -> module path and attribute of a dict that holds it, by adapter.
+        rank_axes: Adapter tensors with a dynamic rank, and which dimension it is.
     """
 
     base: dict[str, torch.Tensor] = field(default_factory=dict)
     adapter: dict[str, torch.Tensor] = field(default_factory=dict)
     scalings: dict[str, float] = field(default_factory=dict)
     sites: dict[str, str] = field(default_factory=dict)
-    scaling_sites: dict[str, str] = field(default_factory=dict)
+    entries: dict[str, tuple[str, str]] = field(default_factory=dict)
+    rank_axes: dict[str, int] = field(default_factory=dict)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -80,21 +82,14 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
         names[key] = lifted.sites[path] = name
         group[name] = tensor
     if adapter_name is not None:
-        _lift_scalings(inner, adapter_name, lifted)
+        _lift_entries(inner, adapter_name, saved, lifted)
+        lifted.rank_axes = _rank_axes(lifted.adapter)
     return lifted
 
 
 def base_name(path: str) -> str:
     """Return the base's own name of a tensor that PEFT has wrapped: its name in the checkpoint."""
     return re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
-
-
-def rank_axis(name: str) -> int | None:
-    """Return the dimension of adapter tensor ``name`` that is the rank, or ``None``."""
-    for part in reversed(name.split(".")):
-        if part in RANK_AXIS:
-            return RANK_AXIS[part] if not name.endswith(".bias") else None
-    return None
 
 
 def graph_fields(peft_config: dict[str, Any]) -> dict[str, Any]:
@@ -131,10 +126,33 @@ def _without(path: str, adapter_name: str) -> str:
     return PEFT_PREFIX + ".".join(part for part in path.split(".") if part != adapter_name)
 
 
-def _lift_scalings(inner: nn.Module, adapter_name: str, lifted: Lifted) -> None:
+def _lift_entries(inner: nn.Module, adapter_name: str, saved: dict[Any, str], lifted: Lifted) -> None:
+    """Lift what modules keep outside of their parameters and buffers: dicts of tensors, and of scalings, by adapter."""
     for path, module in inner.named_modules():
-        scaling = getattr(module, "scaling", None)
-        if isinstance(scaling, dict) and isinstance(scaling.get(adapter_name), int | float):
-            name = f"{PEFT_PREFIX}{path}.scaling"
-            lifted.scalings[name] = float(scaling[adapter_name])
-            lifted.scaling_sites[name] = path
+        for attribute, by_adapter in vars(module).items():
+            if attribute.startswith("_") or not isinstance(by_adapter, dict) or adapter_name not in by_adapter:
+                continue
+            value, name = by_adapter[adapter_name], f"{PEFT_PREFIX}{path}.{attribute}"
+            if isinstance(value, torch.Tensor):
+                name = saved.get(_identity(value), name)
+                lifted.adapter[name] = value
+            elif attribute == "scaling" and isinstance(value, int | float):
+                lifted.scalings[name] = float(value)
+            else:
+                continue
+            lifted.entries[name] = (path, attribute)
+
+
+def _rank_axes(adapter: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Return the rank's dimension of every LoRA factor; nothing if other tensors' shapes may depend on the rank too."""
+    axes: dict[str, int] = {}
+    for name in adapter:
+        parts = [part for part in name.removesuffix(".weight").split(".") if part.startswith("lora_")]
+        if not parts:
+            continue
+        known = parts[-1] in RANK_AXIS and (name.endswith(".weight") or "embedding" in parts[-1])
+        if known:
+            axes[name] = RANK_AXIS[parts[-1]]
+        elif not name.endswith((".bias", "lora_magnitude_vector")):
+            return {}
+    return axes

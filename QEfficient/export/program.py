@@ -15,7 +15,8 @@ from QEfficient.contract import RETAINED, StateSpec
 from QEfficient.errors import UnsupportedError
 from QEfficient.export.attention import EAGER_ATTENTION, ONNX_ATTENTION, GraphCache, ShapeCache, tracing
 from QEfficient.export.layers import Layer, Learning, Marking, find_layers
-from QEfficient.export.lift import Lifted, rank_axis
+from QEfficient.export.lift import Lifted
+from QEfficient.export.repairs import Repairs
 
 # Sizes of the example inputs. They leave no trace in the graph, as long as none is 0 or 1 and no two are equal.
 _BATCH, _SEQUENCE, _CONTEXT, _RANK = 2, 3, 11, 5
@@ -55,14 +56,14 @@ class Program(nn.Module):
     def run(self, input_ids: Tensor, position_ids: Tensor, cache: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Call the model with every tensor replaced, and return its logits."""
         named = dict(zip(self.names, tensors, strict=True))
-        for name, path in self.lifted.scaling_sites.items():
+        for name, (path, attribute) in self.lifted.entries.items():
             if name in named:
-                vars(self.inner.get_submodule(path))["scaling"][self.adapter_name] = named[name]
+                vars(self.inner.get_submodule(path))[attribute][self.adapter_name] = named[name]
         kwargs: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True}
         if "position_ids" in self.accepts:
             kwargs["position_ids"] = position_ids.clamp(min=0)
         replaced = {path: named[name] for path, name in self.sites.items() if name in named}
-        with self._last_token_only(position_ids):
+        with self._last_token_only(position_ids), Repairs():
             out = torch.func.functional_call(self.inner, replaced, (), kwargs, tie_weights=False)
         return out.logits  # type: ignore[no-any-return]
 
@@ -87,7 +88,8 @@ class Program(nn.Module):
 
     def own(self) -> dict[str, dict[str, str]]:
         """Return, for each follower's path: its template's inputs and outputs -> its own."""
-        sites = {**self.lifted.sites, **{f"{path}.scaling": name for name, path in self.lifted.scaling_sites.items()}}
+        entries = {f"{path}.{attribute}": name for name, (path, attribute) in self.lifted.entries.items()}
+        sites = {**self.lifted.sites, **entries}
         found = {}
         for layer, template in self.followers:
             start = f"{template.path}."
@@ -108,7 +110,7 @@ class Program(nn.Module):
         if not starts:
             return
         kept = {name for path, name in self.lifted.sites.items() if not path.startswith(starts)}
-        kept |= {name for name, path in self.lifted.scaling_sites.items() if not f"{path}.".startswith(starts)}
+        kept |= {name for name, (path, _) in self.lifted.entries.items() if not f"{path}.".startswith(starts)}
         self.names = [name for name in self.names if name in kept]
         self.sites = {path: name for path, name in self.sites.items() if not path.startswith(starts)}
         inside = [(path, module) for path, module in self.inner.named_modules(remove_duplicate=False)]
@@ -139,7 +141,7 @@ class Fakes:
     """Fake tensors: shapes and types without memory, for everything that goes into a trace."""
 
     def __init__(self) -> None:
-        self.mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
         with self.mode:
             self.ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
             self.positions = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
@@ -150,7 +152,8 @@ class Fakes:
         lifted = program.lifted
         for name in program.names:
             if name not in self._made:
-                self._made[name] = self._like(name, lifted.base.get(name, lifted.adapter.get(name)))
+                tensor = lifted.base.get(name, lifted.adapter.get(name))
+                self._made[name] = self._like(tensor, lifted.rank_axes.get(name))
         return [self._made[name] for name in program.names]
 
     def states(self, specs: tuple[StateSpec, ...]) -> list[Tensor]:
@@ -159,11 +162,10 @@ class Fakes:
         with self.mode:
             return [torch.zeros([sizes[d] if isinstance(d, str) else d for d in spec.shape]) for spec in specs]
 
-    def _like(self, name: str, tensor: Tensor | None) -> Tensor:
-        if tensor is None:
+    def _like(self, tensor: Tensor | None, axis: int | None) -> Tensor:
+        if tensor is None:  # a scaling
             with self.mode:
                 return torch.ones(())
-        axis = rank_axis(name)
         shape = [_RANK if i == axis else n for i, n in enumerate(tensor.shape)]
         meta = torch.empty(shape, dtype=tensor.dtype, device="meta")
         return self.mode.fake_tensor_converter.from_meta_and_device(self.mode, meta, torch.device("cpu"))

@@ -2,21 +2,22 @@
 """PyTorch → ONNX: from a model to a whole graph folder, or straight to the one that is already there."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
-import torch
 import xxhash
+from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, Manifest
+from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, Manifest
 from QEfficient.errors import ArtifactError, ConfigError
-from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, rank_axis
+from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain
 from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.trace import Traced, trace
 from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter, StaticReshape
@@ -34,6 +35,7 @@ def export_graph(
     adapter_name: str | None = None,
     checkpoint: Checkpoint | None = None,
     logits: str = "last",
+    neutral: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> Path:
     """Export ``model`` to ``<destination>-<hash>/``, unless that graph is already there and whole.
 
@@ -44,6 +46,7 @@ def export_graph(
         checkpoint: Files that the base was loaded from. If they hold exactly what the model holds (a model without
             memory, on ``meta``, is taken at its word), they are linked; otherwise the model's weights are written.
         logits: ``"last"`` or ``"all"``: see the contract.
+        neutral: Returns the values of adapter inputs that make the graph the bare base, where they are not zero.
 
     Returns:
         The graph's folder.
@@ -74,6 +77,8 @@ def export_graph(
     onnx.checker.check_model(ir.to_proto(traced.model), full_check=True)
     with written_aside(folder, is_whole=is_whole) as aside:
         _write(traced, base, aside)
+        if neutral is not None and (values := neutral()):
+            save_file(dict(values), str(aside / NEUTRAL_FILE))
         files = {p.name: record_file(p) for p in sorted(aside.iterdir())}
         replace(manifest, states=traced.states, adapter=traced.adapter, files=files).write(aside)
     return folder
@@ -155,8 +160,7 @@ def _describe(
     }
     peft_config = plain(skeleton.peft_config[adapter_name].to_dict()) if adapter_name is not None else {}  # type: ignore[union-attr, index]
     versions = {name: version(name) for name in _VERSIONED}
-    inputs = [(n, [str(d) for d in t.shape]) for n, t in _ranked(lifted)] + sorted(lifted.scalings)
-    shaping = [base, graph_fields(peft_config), inputs, logits, versions]
+    shaping = [base, graph_fields(peft_config), _inputs(lifted), logits, versions]
     digest = xxhash.xxh3_64_hexdigest(json.dumps(shaping, sort_keys=True).encode())
     name = str(getattr(config, "_name_or_path", ""))
     return Manifest(
@@ -173,14 +177,13 @@ def _describe(
     )
 
 
-def _ranked(lifted: Lifted) -> list[tuple[str, Tensor]]:
-    """Return adapter tensors as the graph sees them: the rank, which is dynamic, set to one."""
-    out = []
-    for name, tensor in lifted.adapter.items():
-        axis = rank_axis(name)
-        shape = [1 if i == axis else n for i, n in enumerate(tensor.shape)]
-        out.append((name, torch.empty(shape, device="meta")))
-    return out
+def _inputs(lifted: Lifted) -> list[tuple[str, list[int]]]:
+    """Return adapter tensors and scalings with their shapes, the rank (which is dynamic) as -1."""
+    shapes = [
+        (name, [-1 if axis == lifted.rank_axes.get(name) else size for axis, size in enumerate(tensor.shape)])
+        for name, tensor in lifted.adapter.items()
+    ]
+    return shapes + [(name, []) for name in lifted.scalings]
 
 
 def _config_dict(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from QEfficient.contract import INPUT_IDS, LOGITS, POSITION_IDS, RETAINED, Adapt
 from QEfficient.errors import UnsupportedError
 from QEfficient.export.attention import OPSET
 from QEfficient.export.layers import stamp
-from QEfficient.export.lift import Lifted, inner_model, rank_axis
+from QEfficient.export.lift import Lifted, inner_model
 from QEfficient.export.program import Fakes, Program, learn
 
 
@@ -58,7 +58,10 @@ def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logi
     _name_ends(model, [INPUT_IDS, POSITION_IDS, *(s.name for s in traced), *program.names], traced)
     stamp(model, program.own())
     states = program.states_of(program.cached)
-    adapter = tuple(AdapterSpec(name, _adapter_shape(name, t)) for name, t in lifted.adapter.items())
+    adapter = tuple(
+        AdapterSpec(name, _adapter_shape(t, lifted.rank_axes.get(name)), str(t.dtype).removeprefix("torch."))
+        for name, t in lifted.adapter.items()
+    )
     adapter += tuple(AdapterSpec(name, ()) for name in lifted.scalings)
     base = tuple(lifted.base)
     _order_ends(model, [INPUT_IDS, POSITION_IDS, *(s.name for s in states), *base, *(a.name for a in adapter)], states)
@@ -70,7 +73,8 @@ def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
     batch, sequence, context = (torch.export.Dim(n) for n in ("batch_size", "seq_len", "ctx_len"))
     specs = program.states_of(program.traced)
     ids = {0: batch, 1: sequence}
-    ranks = [{} if (axis := rank_axis(name)) is None else {axis: torch.export.Dim.DYNAMIC} for name in program.names]
+    axes = program.lifted.rank_axes
+    ranks = [{axes[name]: torch.export.Dim.DYNAMIC} if name in axes else {} for name in program.names]
     shapes = (ids, ids, [{0: batch, 2: context} for _ in specs], ranks)
     args = (fakes.ids, fakes.positions, fakes.states(specs), fakes.tensors(program))
     exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
@@ -78,8 +82,7 @@ def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
     return made.model  # type: ignore[union-attr]
 
 
-def _adapter_shape(name: str, tensor: Tensor) -> tuple[int | str, ...]:
-    axis = rank_axis(name)
+def _adapter_shape(tensor: Tensor, axis: int | None) -> tuple[int | str, ...]:
     return tuple("rank" if i == axis else n for i, n in enumerate(tensor.shape))
 
 

@@ -20,6 +20,7 @@ from QEfficient.export.weights import Checkpoint
 from QEfficient.options import suggest
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors, read_config, resolve, saved_tensors, write_exported
 from QEfficient.peft.loading import attach, checkpoint_folder, load_base
+from QEfficient.peft.neutral import neutral_of
 from QEfficient.runtime.generate import SessionModel
 from QEfficient.runtime.session import OrtSession
 from QEfficient.store import cache_root
@@ -209,7 +210,12 @@ class QEffAutoPeftModelForCausalLM:
         request = (str(destination), logits, self._state_of_base())
         if self._exported is None or self._exported.request != request or not is_whole(self._exported.folder):
             folder = export_graph(
-                self.model, destination, adapter_name=active, checkpoint=self._checkpoint, logits=logits
+                self.model,
+                destination,
+                adapter_name=active,
+                checkpoint=self._checkpoint,
+                logits=logits,
+                neutral=lambda: neutral_of(self.model, active),
             )
             self._exported, self._manifest = _Exported(request, folder), Manifest.read(folder)
             self._program = self._session = None

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Neutral tensors: what an adapter's inputs must hold for the graph to compute the bare base.
+
+PEFT initialises most adapters so that they change nothing. A fresh adapter on the bare base therefore has the values: a
+one for IA3, the norms of the base's weights for DoRA. Tensors with a rank need none: zeros do, for every rank.
+"""
+
+import copy
+
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from QEfficient.export.lift import inner_model, lift
+from QEfficient.peft.adapters import to_numpy
+
+
+def neutral_of(model: PeftModel, name: str) -> dict[str, np.ndarray]:
+    """Return the neutral value of every input of adapter ``name`` that has no rank and is not zero.
+
+    A fresh adapter is tried first, then one that is zero all over (some methods start with a small effect). The model is
+    not changed; the base's weights are shared with it, not copied. If neither leaves the base as it is (PEFT changes the
+    base itself: replicated layers, say), the fresh adapter's values are returned: ``qefficient test`` will tell.
+    """
+    lifted = lift(model, name)
+    if lifted.rank_axes.keys() == lifted.adapter.keys():
+        return {}
+    bare = _bare_copy(model)
+    ids = torch.arange(3, 6)[None]
+    with torch.no_grad():
+        want = bare(input_ids=ids).logits
+        fresh_model = get_peft_model(bare, _fresh(model.peft_config[name]), adapter_name=name).eval()
+        fresh = lift(fresh_model, name)
+        values = {n: to_numpy(t).copy() for n, t in fresh.adapter.items() if n not in fresh.rank_axes}
+        if not _close(fresh_model(input_ids=ids).logits, want):
+            for tensor in fresh.adapter.values():
+                if tensor.dtype.is_floating_point:
+                    tensor.zero_()
+            if _close(fresh_model(input_ids=ids).logits, want):
+                values = {n: v for n, v in values.items() if not np.issubdtype(v.dtype, np.floating)}
+    return {n: value for n, value in values.items() if n in lifted.adapter and value.any()}
+
+
+def _fresh(config: PeftConfig) -> PeftConfig:
+    """Return a copy of ``config`` whose adapter starts without an effect."""
+    made = copy.deepcopy(config)
+    made.inference_mode = False
+    for field in ("init_weights", "init_lora_weights"):
+        if hasattr(made, field):
+            setattr(made, field, True)
+    return made
+
+
+def _close(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return bool((got - want).abs().max() <= 1e-5 * (want.max() - want.min()))
+
+
+def _bare_copy(model: PeftModel) -> nn.Module:
+    """Return the base inside ``model`` without any wrapper, its weights shared."""
+    inner = inner_model(model)
+    shared = {id(t): t for t in (*inner.parameters(), *inner.buffers())}
+    bare: nn.Module = copy.deepcopy(inner, dict(shared))
+    for parent in list(bare.modules()):
+        for key, child in list(parent.named_children()):
+            parent._modules[key] = _unwrapped(child)
+    return bare
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            module = module.original_module
+        else:
+            return module

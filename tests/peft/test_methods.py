@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""PEFT methods through one mechanism: all tensors are inputs, a second adapter runs on the same graph, base is base."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import (
+    FourierFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    ShiraConfig,
+    VBLoRAConfig,
+    VeraConfig,
+    get_peft_model,
+)
+
+from QEfficient import QEffAutoPeftModelForCausalLM
+from QEfficient.contract import Manifest
+from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
+from QEfficient.runtime.prefill import prefill
+from QEfficient.runtime.session import OrtSession
+from tests.tiny import VOCAB, lora, make_base
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+CONFIGS: dict[str, PeftConfig] = {
+    "dora": lora(target_modules=TARGETS, use_dora=True),
+    "lora_bias": lora(target_modules=TARGETS, lora_bias=True),
+    "embeddings": lora(target_modules=["q_proj", "embed_tokens", "lm_head"]),
+    "modules_to_save": lora(target_modules=TARGETS, modules_to_save=["lm_head"]),
+    "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=8),
+    "oft": OFTConfig(task_type="CAUSAL_LM", target_modules=TARGETS, oft_block_size=16, r=0, use_cayley_neumann=False),
+    "vblora": VBLoRAConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, num_vectors=8, vector_length=8, topk=2
+    ),
+    "fourierft": FourierFTConfig(task_type="CAUSAL_LM", target_modules=TARGETS, n_frequency=32),
+    "shira": ShiraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2),
+    "ln_tuning": LNTuningConfig(task_type="CAUSAL_LM"),
+}
+
+
+def trained(config: PeftConfig, seed: int, folder: Path) -> PeftModel:
+    """Return a model with an adapter whose every trainable tensor was moved, saved and loaded again."""
+    model = get_peft_model(make_base("llama"), copy.deepcopy(config), adapter_name="a")
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(str(folder))
+    return PeftModel.from_pretrained(make_base("llama"), str(folder / "a"), adapter_name="a").eval()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_method_equals_pytorch(method: str, tmp_path: Path) -> None:
+    """Two adapters of the method, and the base, each give PyTorch's logits on one program."""
+    first, second = (trained(CONFIGS[method], seed, tmp_path / str(seed)) for seed in (1, 2))
+    made = QEffAutoPeftModelForCausalLM(first)
+    folder = made.export(tmp_path / "graph").parent
+    assert {n for n in made.adapter_weights["a"] if "base_layer" not in n} <= {
+        a.name for a in Manifest.read(folder).adapter
+    }
+    session = OrtSession(made.compile(ctx_len=32))
+    manifest, neutral = Manifest.read(folder), neutral_tensors(folder)
+    session.load_adapter("first", fit(Adapter.from_model(first, "a"), manifest, neutral))
+    session.load_adapter("second", fit(Adapter.from_model(second, "a"), manifest, neutral))
+    torch.manual_seed(0)
+    rows = [torch.randint(3, VOCAB, (length,)) for length in (11, 5)]
+    seen = []
+    for name, model in (("first", first), ("second", second), ("base", make_base("llama"))):
+        with torch.no_grad():
+            want = np.stack([model(input_ids=row[None]).logits[0, -1].numpy() for row in rows])
+        session.set_adapter(name)
+        session.allocate(2, 32)
+        got = prefill(session, [row.numpy() for row in rows], chunk_len=4)
+        # float32 sums in another order, through a few hundred operations: seen 1e-6 of the range, 5e-6 for FourierFT
+        assert np.abs(got - want).max() < 1e-4 * np.ptp(want)
+        seen.append(want)
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    assert np.abs(seen[0] - seen[2]).max() > 1e-3
