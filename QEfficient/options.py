@@ -128,18 +128,19 @@ class _Parser(argparse.ArgumentParser):
     """argparse that raises ConfigError, and suggests the option that was meant."""
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # First of all, since a misspelt option is also a missing one, and argparse would complain of that.
+        known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
+        for name in (str(a).split("=")[0] for a in args or () if str(a).startswith("--")):
+            if name not in known:
+                raise ConfigError(
+                    f"{self.prog}: unknown option {name!r}{suggest(name, known)} (see {self.prog} --help)"
+                )
         parsed, extra = self.parse_known_args(args, namespace)
-        unknown = [a for a in extra if a.startswith("--")]
-        if unknown:
-            name = unknown[0].split("=")[0]
-            known = [s for a in self._actions for s in a.option_strings if s.startswith("--")]
-            raise ConfigError(f"{self.prog}: unknown option {name!r}{suggest(name, known)} (see {self.prog} --help)")
         if extra:
             raise ConfigError(f"{self.prog}: unexpected argument {extra[0]!r} (see {self.prog} --help)")
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        # A missing required option must not hide a misspelt one: look for the latter first.
         raise ConfigError(f"{self.prog}: {message} (see {self.prog} --help)")
 
 

@@ -2,6 +2,7 @@
 """The ``qefficient`` command: picks a subcommand, prints errors as one line."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -42,13 +43,22 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
     except QEffError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def _usage() -> str:
-    lines = ["usage: qefficient COMMAND [options]", "", "Prove that a PEFT model works, and make it run fast.", "", "commands:"]
+    lines = [
+        "usage: qefficient COMMAND [options]",
+        "",
+        "Prove that a PEFT model works, and make it run fast.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
     return "\n".join([*lines, "", "`qefficient COMMAND --help` shows a command's options."])
 
