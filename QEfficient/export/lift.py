@@ -7,11 +7,13 @@ dynamic rank is.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners._buffer_dict import BufferDict
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
@@ -67,16 +69,20 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
     saved = _saved_names(model, adapter_name) if adapter_name is not None else {}
     names: dict[Any, str] = {}
     inner = inner_model(model)
+    adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
     tensors = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
     for path, tensor in tensors:
         key = _identity(tensor)
         if key in names:
             lifted.sites[path] = names[key]
             continue
+        owner = adapter_of(inner, path, adapters)
         if key in saved:
             name, group = saved[key], lifted.adapter
-        elif adapter_name is not None and adapter_name in path.split("."):
-            name, group = _without(path, adapter_name), lifted.adapter
+        elif owner == adapter_name and owner is not None:
+            name, group = _without(path, owner), lifted.adapter
+        elif owner is not None:
+            continue  # another adapter's
         else:
             name, group = base_name(path), lifted.base
         names[key] = lifted.sites[path] = name
@@ -85,6 +91,20 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
         _lift_entries(inner, adapter_name, saved, lifted)
         lifted.rank_axes = _rank_axes(lifted.adapter)
     return lifted
+
+
+def adapter_of(inner: nn.Module, path: str, adapters: Collection[str]) -> str | None:
+    """Return the adapter that owns the tensor at ``path``: the key of a container that PEFT keeps by adapter.
+
+    The parent's type decides, not the name alone: an adapter may be called ``mlp``.
+    """
+    parts = path.split(".")
+    for position, part in enumerate(parts):
+        if part in adapters:
+            parent = inner.get_submodule(".".join(parts[:position]))
+            if isinstance(parent, nn.ModuleDict | nn.ParameterDict | BufferDict):
+                return part
+    return None
 
 
 def base_name(path: str) -> str:

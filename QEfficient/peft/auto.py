@@ -14,7 +14,7 @@ from peft import PeftConfig, PeftModelForCausalLM
 from QEfficient.compile.program import compile_graph
 from QEfficient.contract import BASE, MODEL_FILE, Manifest
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, NotCompiledError
-from QEfficient.export.lift import inner_model
+from QEfficient.export.lift import adapter_of, inner_model
 from QEfficient.export.torch_to_onnx import export_graph, is_whole
 from QEfficient.export.weights import Checkpoint
 from QEfficient.options import suggest
@@ -349,6 +349,6 @@ class QEffAutoPeftModelForCausalLM:
 
     def _state_of_base(self) -> tuple[Any, ...]:
         """Return what changes whenever a tensor of the base is replaced or written to."""
-        adapter_parts = set(self.model.peft_config)
-        tensors = inner_model(self.model).named_parameters()
-        return tuple((id(t), t._version) for n, t in tensors if not adapter_parts & set(n.split(".")))
+        inner, adapters = inner_model(self.model), set(self.model.peft_config)
+        tensors = inner.named_parameters()
+        return tuple((id(t), t._version) for path, t in tensors if adapter_of(inner, path, adapters) is None)

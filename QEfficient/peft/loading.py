@@ -60,7 +60,7 @@ def attach(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path
     """
     for name, path in adapters.items():
         folder = resolve(path)
-        check_name(name)
+        _check_free(model, check_name(name))
         config = read_config(folder)
         read_tensors(folder / WEIGHTS_FILE)  # a damaged file must not reach PEFT, which changes the model first
         config.inference_mode = True
@@ -76,6 +76,19 @@ def attach(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path
     if not isinstance(model, PeftModelForCausalLM):
         raise ConfigError(f"give at least one adapter of a causal LM; the model is {type(model).__name__}")
     return model.eval()
+
+
+def _check_free(model: torch.nn.Module, name: str) -> None:
+    """Refuse a name that is part of the base's own names: PEFT would take it out of every tensor's name on saving."""
+    inside = model.base_model.model if isinstance(model, PeftModel) else model
+    path = next((path for path, _ in inside.named_parameters() if name in path.split(".")), None)
+    if path is not None:
+        reason = (
+            "the model has an adapter of that name"
+            if isinstance(model, PeftModel) and name in model.peft_config
+            else path
+        )
+        raise ConfigError(f"an adapter of this base cannot be called {name!r} ({reason}); choose another name")
 
 
 def _add(model: PeftModel, folder: Path, name: str) -> None:

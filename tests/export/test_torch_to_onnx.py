@@ -173,6 +173,14 @@ def test_what_is_no_part_of_the_graph_shares_it(tmp_path: Path) -> None:
     assert hash_of(make_peft(make_base("llama"), seed=9, config=other, name="b"), tmp_path, "b") == first
 
 
+def test_other_adapters_are_no_part_of_the_graph(tmp_path: Path) -> None:
+    """A model with another adapter loaded exports the same graph."""
+    first = hash_of(make_peft(make_base("llama"), name="a"), tmp_path)
+    model = make_peft(make_base("llama"), name="a")
+    model.add_adapter("more", lora(r=2, target_modules=["q_proj"]))
+    assert hash_of(model, tmp_path) == first
+
+
 @pytest.mark.parametrize("what", ["weights", "config", "targets", "method"])
 def test_what_shapes_the_graph_makes_another(what: str, tmp_path: Path) -> None:
     """Base weights, base configuration, targets and method each make another graph."""

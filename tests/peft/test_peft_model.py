@@ -124,6 +124,16 @@ def test_from_pretrained_refuses(damage: str, error: type[Exception], message: s
         QEffAutoPeftModelForCausalLM.from_pretrained(folder, "a")
 
 
+def test_name_of_a_module_is_refused(tmp_path: Path) -> None:
+    """An adapter called like a part of the base would be saved under wrong names by PEFT."""
+    base = save_base(tmp_path / "base")
+    folder = save_adapter(base, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=r"cannot be called 'mlp' \(model\.layers\.0\.mlp"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(folder, "mlp")
+    with pytest.raises(ConfigError, match="'base' means no adapter"):
+        QEffAutoPeftModelForCausalLM.from_pretrained(folder, "base")
+
+
 # -- export
 
 
