@@ -17,7 +17,16 @@ class Options:
 
     graph: Path = option(help="Folder of an exported graph, or its model.onnx.", positional=True)
     target: str = option("onnxruntime", "What to compile for.", metavar="NAME")
-    precision: str = option("fp32", "Type of the base's weights.", metavar="TYPE")
+    precision: str = option("fp32", "How the base's weights are held: fp32, int8 or int4.", metavar="TYPE")
+    block_size: int = option(32, "Weights that share a scale (int8, int4): smaller is more exact and slower.")
+    zero_points: bool = option(
+        False, "Give blocks a zero point (int8, int4): more exact where weights lean to one side."
+    )
+    keep: list[str] = option(
+        [],
+        "Weights that stay one step higher, by name or pattern: int8 in an int4 program, fp32 in an int8 one. Repeatable.",
+        metavar="PATTERN",
+    )
     batch_size: int | None = option(None, "Rows that will be used. Default: any.")
     prefill_seq_len: int = option(128, "Most tokens of a prompt in one call.")
     ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own.")
@@ -33,6 +42,9 @@ def command(argv: Sequence[str]) -> int:
         options.graph.parent if options.graph.name == MODEL_FILE else options.graph,
         target=options.target,
         precision=options.precision,
+        block_size=options.block_size,
+        symmetric=not options.zero_points,
+        keep=options.keep,
         batch_size=options.batch_size,
         prefill_seq_len=options.prefill_seq_len,
         ctx_len=options.ctx_len,

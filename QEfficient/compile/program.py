@@ -7,14 +7,17 @@ what it was compiled with.
 
 import hashlib
 import json
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from QEfficient.compile.blocks import BITS, BLOCK_SIZES
+from QEfficient.compile.quantize import Precision
 from QEfficient.compile.targets import Target, find_target
 from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, Manifest
 from QEfficient.errors import ArtifactError, ConfigError
-from QEfficient.store import link_or_copy, record_file, verify_files, written_aside
+from QEfficient.store import link_or_copy, record_file, record_files, verify_files, written_aside
 
 PROGRAM_DIR = "program"
 CONFIG_FILE = "qconfig.json"
@@ -27,6 +30,9 @@ def compile_graph(
     *,
     target: str = "onnxruntime",
     precision: str = "fp32",
+    block_size: int = 32,
+    symmetric: bool = True,
+    keep: Sequence[str] = (),
     batch_size: int | None = None,
     prefill_seq_len: int = 128,
     ctx_len: int | None = None,
@@ -38,7 +44,10 @@ def compile_graph(
     Args:
         graph: A graph folder, as ``export`` writes it.
         target: Name of a target.
-        precision: Type of the base's weights.
+        precision: How the base's weights are held: ``"fp32"``, or in blocks of integers, ``"int8"`` or ``"int4"``.
+        block_size: Weights that share a scale: smaller blocks are more exact and slower.
+        symmetric: Blocks have no zero point.
+        keep: Patterns (``"lm_head*"``) of weight names that stay one step higher: int8 in an int4 program, fp32 in an int8 one.
         batch_size: Rows that sessions will use, recorded for them; ``None``: any.
         prefill_seq_len: Most tokens of a prompt in one call.
         ctx_len: Longest context that sessions may use; ``None``: the base's own.
@@ -50,7 +59,7 @@ def compile_graph(
         ``<out>/qpc-<hash>/program``.
 
     Raises:
-        ConfigError: An unknown target, or a size that is not positive or longer than the base's longest context.
+        ConfigError: An unknown target or block size, or a size that is not positive or longer than the base's longest context.
         UnsupportedError: The target does not offer the precision.
         ArtifactError: The graph folder is not whole.
     """
@@ -58,9 +67,11 @@ def compile_graph(
     chosen = find_target(target, precision)
     manifest = Manifest.read(graph)
     _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
+    weights = _weights(precision, block_size, symmetric, keep)
     options = {
         "target": target,
         "precision": precision,
+        **({"block_size": block_size, "symmetric": symmetric, "keep": list(keep)} if precision in BITS else {}),
         "batch_size": batch_size,
         "prefill_seq_len": prefill_seq_len,
         "ctx_len": ctx_len,
@@ -75,16 +86,24 @@ def compile_graph(
     folder = (Path(out) if out is not None else graph) / f"qpc-{digest}"
     if not _is_whole(folder / PROGRAM_DIR):
         with written_aside(folder, is_whole=lambda made: _is_whole(made / PROGRAM_DIR)) as aside:
-            _write(graph, manifest, chosen, options, digest, aside)
+            _write(graph, manifest, chosen, weights, options, digest, aside)
     return folder / PROGRAM_DIR
 
 
-def _write(graph: Path, manifest: Manifest, target: Target, options: dict[str, Any], digest: str, aside: Path) -> None:
+def _write(
+    graph: Path,
+    manifest: Manifest,
+    target: Target,
+    precision: Precision,
+    options: dict[str, Any],
+    digest: str,
+    aside: Path,
+) -> None:
     program = aside / PROGRAM_DIR
     program.mkdir()
-    lowered = target.lower(graph, manifest, str(options["precision"]), program)
-    files = {MODEL_FILE: record_file(program / MODEL_FILE)}
-    for name, recorded in manifest.files.items():
+    lowered = target.lower(graph, manifest, precision, program, ctx_len=options["ctx_len"])
+    files = record_files(program)
+    for name, recorded in lowered.files.items():
         if name in {MODEL_FILE, MANIFEST_FILE} or (program / name).exists():
             continue
         link_or_copy(graph / name, program / name)
@@ -97,8 +116,17 @@ def _write(graph: Path, manifest: Manifest, target: Target, options: dict[str, A
         options={**lowered.options, **options, "graph": manifest.hash},
     )
     lowered.write(program)
-    config = {**options, "graph": manifest.hash, "hash": digest, "versions": asdict(lowered)["versions"]}
+    config = {**lowered.options, "hash": digest, "versions": lowered.versions}
     (aside / CONFIG_FILE).write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _weights(precision: str, block_size: int, symmetric: bool, keep: Sequence[str]) -> Precision:
+    if block_size not in BLOCK_SIZES:
+        known = ", ".join(map(str, BLOCK_SIZES))
+        raise ConfigError(f"block_size must be one of {known}, not {block_size}")
+    if keep and precision not in BITS:
+        raise ConfigError(f"keep {', '.join(map(repr, keep))}: precision {precision} has nothing to keep from")
+    return Precision(precision, block_size, symmetric, tuple(keep))
 
 
 def _is_whole(program: Path) -> bool:

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import onnx_ir as ir
 
@@ -14,11 +14,15 @@ from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, 
 from QEfficient.compile.attention import FuseCacheAttention
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
+from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.values import CONTRIB
+from QEfficient.compile.weightfile import files_of, store_weights
 from QEfficient.contract import MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.options import suggest
+
+_SMALL_BYTES = 1 << 20
 
 
 class Pass(Protocol):
@@ -37,11 +41,13 @@ class Target(Protocol):
     def identity(self) -> dict[str, str]:
         """Return versions and machine: a program made under another identity is not used."""
 
-    def lower(self, graph: Path, manifest: Manifest, precision: str, folder: Path) -> Manifest:
+    def lower(
+        self, graph: Path, manifest: Manifest, precision: Precision, folder: Path, *, ctx_len: int | None = None
+    ) -> Manifest:
         """Write the program of the graph folder ``graph`` into ``folder``, except for files that it shares with the graph.
 
         Returns:
-            The manifest of the program; the caller fills in files and options of its own.
+            The manifest of the program, with the files that are shared; the caller adds files and options of its own.
         """
 
 
@@ -49,37 +55,49 @@ class OnnxRuntime:
     """ONNX Runtime on this machine's CPU."""
 
     name = "onnxruntime"
-    precisions: tuple[str, ...] = ("fp32",)
+    precisions: tuple[str, ...] = ("fp32", "int8", "int4")
 
     def identity(self) -> dict[str, str]:
         """Return the version of ONNX Runtime and the CPU's instruction set."""
         return {"onnxruntime": importlib.metadata.version("onnxruntime"), "cpu": instruction_set()}
 
-    def passes(self, manifest: Manifest) -> tuple[Pass, ...]:
-        """Return the rewrites in their order."""
+    def passes(self, manifest: Manifest, *, positions: int) -> tuple[Pass, ...]:
+        """Return the rewrites that change no result, in their order; ``positions`` is the longest context, 0 if unknown."""
         names = [spec.name for spec in manifest.adapter]
         return (
             DropAdapterOutputs(),
             FoldAdapterTranspose(names),
             FoldAdapterScaling(names),
             FuseCacheAttention(),
-            RotaryIntoAttention(manifest.max_positions),
+            RotaryIntoAttention(positions),
             FoldHeadSplits(),
             FuseRmsNorm(),
             FuseSkipNorm(),
         )
 
-    def lower(self, graph: Path, manifest: Manifest, precision: str, folder: Path) -> Manifest:
-        """Apply the passes; large weights stay where they are, external to the model file."""
+    def lower(
+        self, graph: Path, manifest: Manifest, precision: Precision, folder: Path, *, ctx_len: int | None = None
+    ) -> Manifest:
+        """Apply the passes; weights that stay as they are stay where they are, others go into a file of the program's own."""
         model = ir.load(graph / MODEL_FILE)
-        for rewrite in self.passes(manifest):
+        before = files_of(model)
+        for rewrite in self.passes(manifest, positions=ctx_len or manifest.max_positions):
             model, _ = rewrite.apply(model)
+        quantized = QuantizeWeights(precision)
+        model, changed = quantized.apply(model)
+        # Without the large weights, the graph's own file is not worth keeping for the rest.
+        store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)
+        unused = before - files_of(model)
         one_row_chunks = any(n.op_type == "GroupQueryAttention" and n.domain == CONTRIB for n in model.graph)
+        options: dict[str, Any] = {**manifest.options, ONE_ROW_CHUNKS: one_row_chunks}
+        if changed:
+            options["quantized"] = quantized.errors
         return replace(
             manifest,
             adapter=lowered_specs(model, manifest.adapter),
-            options={**manifest.options, ONE_ROW_CHUNKS: one_row_chunks},
+            files={name: recorded for name, recorded in manifest.files.items() if name not in unused},
+            options=options,
         )
 
 
@@ -96,6 +114,11 @@ def find_target(name: str, precision: str) -> Target:
     if name not in TARGETS:
         raise ConfigError(f"unknown target {name!r}{suggest(name, TARGETS)} (known: {', '.join(TARGETS)})")
     target = TARGETS[name]
+    if precision == "bf16" and precision not in target.precisions:
+        raise UnsupportedError(
+            f"target {name!r} has no precision 'bf16': ONNX Runtime has no bfloat16 matrix product for CPUs. "
+            "A bfloat16 checkpoint runs as fp32; for speed use int8."
+        )
     if precision not in target.precisions:
         raise UnsupportedError(
             f"target {name!r} has no precision {precision!r}{suggest(precision, target.precisions)} "

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import Gemma2Config
 
 from QEfficient.compile.adapters import lowered_specs
+from QEfficient.compile.weightfile import store_weights
 from QEfficient.contract import MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.runtime.prefill import prefill
@@ -51,6 +52,7 @@ class Exported:
         for name in manifest.files:
             if name != MODEL_FILE:
                 link_or_copy(self.graph / name, folder / name)
+        store_weights(model, folder)
         ir.save(model, folder / MODEL_FILE)
         one_row = any(n.op_type == "GroupQueryAttention" for n in model.graph)
         specs = lowered_specs(model, manifest.adapter)

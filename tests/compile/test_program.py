@@ -31,9 +31,9 @@ def lowered(monkeypatch):
     calls = []
     lower = targets.OnnxRuntime.lower
 
-    def counted(self, graph, manifest, precision, folder):
-        calls.append(precision)
-        return lower(self, graph, manifest, precision, folder)
+    def counted(self, graph, manifest, precision, folder, **options):
+        calls.append(precision.name)
+        return lower(self, graph, manifest, precision, folder, **options)
 
     monkeypatch.setattr(targets.OnnxRuntime, "lower", counted)
     return calls
@@ -51,7 +51,7 @@ def test_layout(graph):
     manifest, source = Manifest.read(program), Manifest.read(graph)
     assert options.items() <= manifest.options.items()
     assert manifest.options["graph"] == source.hash
-    assert set(manifest.files) == set(source.files)
+    assert set(manifest.files) == {*source.files, "program.safetensors"}
     for name in set(source.files) - {MODEL_FILE}:
         assert (program / name).samefile(graph / name)
 
@@ -96,7 +96,7 @@ def test_elsewhere(graph, tmp_path):
 def test_failure_leaves_nothing(graph, monkeypatch):
     """If lowering fails, no folder is left behind."""
 
-    def fail(*_):
+    def fail(*_, **__):
         raise UnsupportedError("no")
 
     monkeypatch.setattr(targets.OnnxRuntime, "lower", fail)
@@ -110,7 +110,18 @@ def test_failure_leaves_nothing(graph, monkeypatch):
     ("options", "error", "message"),
     [
         ({"target": "onxruntime"}, ConfigError, r"unknown target 'onxruntime'; did you mean 'onnxruntime'\?"),
-        ({"precision": "int5"}, UnsupportedError, r"has no precision 'int5' \(it has: fp32\)"),
+        (
+            {"precision": "int5"},
+            UnsupportedError,
+            r"has no precision 'int5'; did you mean 'int8'\? \(it has: fp32, int8, int4\)",
+        ),
+        ({"precision": "bf16"}, UnsupportedError, "ONNX Runtime has no bfloat16 matrix product for CPUs"),
+        (
+            {"precision": "int4", "block_size": 48},
+            ConfigError,
+            "block_size must be one of 16, 32, 64, 128, 256, not 48",
+        ),
+        ({"keep": ["lm_head*"]}, ConfigError, r"keep 'lm_head\*': precision fp32 has nothing to keep from"),
         ({"ctx_len": 300}, ConfigError, "ctx_len is 300, but the base's longest context is 256"),
         ({"prefill_seq_len": 0}, ConfigError, "prefill_seq_len must be at least 1, not 0"),
         ({"batch_size": -1}, ConfigError, "batch_size must be at least 1, not -1"),

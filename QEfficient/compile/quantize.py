@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Weight-only quantisation: projections and embeddings of the base as blocks of 8- or 4-bit numbers.
+
+Adapter tensors are inputs and stay as they are. The numbers are computed when the program's weights are written, one weight
+after the other, and each weight's own error is noted then.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from QEfficient.compile.blocks import BITS, Blocks, count_blocks, dequantize, quantize
+from QEfficient.compile.values import CONTRIB, made_by, new_constant, take_over, used_once
+from QEfficient.compile.weightfile import read_weight
+from QEfficient.errors import ConfigError
+
+Array = npt.NDArray[Any]
+
+ROUTERS = ("*router*", "*.mlp.gate.weight")
+"""Weights that choose experts stay float32: a small error there sends a token elsewhere, and they are tiny."""
+
+ACCURACY_LEVEL = 4
+"""The kernel's name for: activations as 8-bit blocks too, products of integers."""
+
+_CHUNK_ELEMENTS = 1 << 22
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """How a program holds the base's weights.
+
+    Attributes:
+        name: ``"fp32"``, ``"int8"`` or ``"int4"``.
+        block_size: Weights that share a scale.
+        symmetric: Blocks have a scale only; otherwise a zero point too.
+        keep: Patterns of weight names that stay one step higher: 8 bits in an int4 program, float32 in an int8 one.
+    """
+
+    name: str = "fp32"
+    block_size: int = 32
+    symmetric: bool = True
+    keep: tuple[str, ...] = ()
+
+    def bits(self, weight: str) -> int:
+        """Return the bits of the weight of that name; 0: it stays as it is."""
+        if self.name not in BITS or any(fnmatch(weight, pattern) for pattern in ROUTERS):
+            return 0
+        kept = any(fnmatch(weight, pattern) for pattern in self.keep)
+        return BITS[self.name] if not kept else {"int4": 8, "int8": 0}[self.name]
+
+
+class QuantizeWeights:
+    """``MatMul(x, Transpose(w))``, ``MatMul(x, w)`` and ``Gemm`` become ``MatMulNBits``, ``Gather(w, ids)`` ``GatherBlockQuantized``.
+
+    1. ``w`` is a float initializer of two dimensions, perhaps cast to float32.
+    2. A bias that is added to the product, and to nothing else, goes into the kernel.
+    3. An embedding whose rows do not end with a block stays as it is.
+
+    A weight used in several ways (a tied embedding) is quantised and stored once.
+
+    Attributes:
+        errors: ``{weight: {"bits": n, "error": |w' - w| / |w|}}`` of the weights that have been written so far.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self.precision = precision
+        self.errors: dict[str, dict[str, float]] = {}
+        self._last: tuple[_Weight, Blocks] | None = None
+
+    def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
+        """Replace every match in ``model``; return it, and whether there was one.
+
+        Raises:
+            ConfigError: A pattern of weights to keep matches none.
+        """
+        self._check_patterns(model)
+        made: dict[tuple[str, bool], _Quantized] = {}
+        changed = False
+        for node in list(model.graph):
+            match = _projection(node) or _embedding(node)
+            bits = self.precision.bits(str(match.weight.name)) if match is not None else 0
+            if match is None or not bits:
+                continue
+            if match.is_embedding and match.columns % self.precision.block_size:
+                continue
+            key = (str(match.weight.name), match.by_column)
+            if key not in made:
+                made[key] = self._quantized(model.graph, match, bits)
+            (_gather if match.is_embedding else _multiply)(model.graph, match, made[key], self.precision)
+            changed = True
+        if changed:
+            model.opset_imports.setdefault(CONTRIB, 1)
+            common.RemoveUnusedNodesPass()(model)
+        return model, changed
+
+    def _check_patterns(self, model: ir.Model) -> None:
+        matches = (_projection(node) or _embedding(node) for node in model.graph)
+        names = {str(m.weight.name) for m in matches if m is not None}
+        for pattern in self.precision.keep:
+            if not any(fnmatch(name, pattern) for name in names):
+                some = ", ".join(sorted(names)[:3])
+                raise ConfigError(f"keep {pattern!r} matches no weight (there are {len(names)}: {some}, …)")
+
+    def _quantized(self, graph: ir.Graph, match: "_Match", bits: int) -> "_Quantized":
+        """Return initializers that compute themselves when they are written."""
+        weight = _Weight(str(match.weight.name), match.weight.const_value, match.by_column, bits)
+        count = count_blocks(match.columns, self.precision.block_size)
+        size = self.precision.block_size * bits // 8
+
+        def part(
+            suffix: str, dtype: ir.DataType, shape: Sequence[int], get: Callable[[Blocks], Array | None]
+        ) -> ir.Value:
+            tensor = ir.LazyTensor(
+                lambda: ir.tensor(np.ascontiguousarray(get(self._blocks(weight)))),
+                dtype=dtype,
+                shape=ir.Shape(shape),
+                name=f"{weight.name}_{'columns_' * weight.by_column}{suffix}",
+            )
+            value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+            graph.register_initializer(value)
+            return value
+
+        uint8, float32, rows = ir.DataType.UINT8, ir.DataType.FLOAT, match.rows
+        zeros = None
+        data = part(f"int{bits}", uint8, (rows, count, size), lambda b: b.data)
+        scales = part("scales", float32, (rows, count), lambda b: b.scales)
+        if not self.precision.symmetric:
+            zeros = part("zeros", uint8, (rows, -(-count * bits // 8)), lambda b: b.zeros)
+        return _Quantized(data, scales, zeros, bits)
+
+    def _blocks(self, weight: "_Weight") -> Blocks:
+        """Quantise a weight, rows by rows; the last one is kept, because its parts are asked for one by one."""
+        if self._last is None or self._last[0] is not weight:
+            self._last = None
+            blocks, error = weight.quantize(self.precision)
+            self.errors[weight.name] = {"bits": weight.bits, "error": error}
+            self._last = weight, blocks
+        return self._last[1]
+
+
+@dataclass(frozen=True, slots=True)
+class _Match:
+    """A node that reads a weight: ``x @ w.T`` (rows are outputs), ``x @ w`` (columns are) or ``w[ids]``."""
+
+    node: ir.Node
+    x: ir.Value
+    weight: ir.Value
+    by_column: bool = False
+    bias: ir.Value | None = None
+    is_embedding: bool = False
+
+    @property
+    def rows(self) -> int:
+        return self._size(1 if self.by_column else 0)
+
+    @property
+    def columns(self) -> int:
+        return self._size(0 if self.by_column else 1)
+
+    def _size(self, axis: int) -> int:
+        tensor = self.weight.const_value
+        if tensor is None:
+            raise ValueError(f"{self.weight.name} has no value")
+        return int(tensor.shape[axis])  # type: ignore[arg-type]
+
+
+@dataclass(eq=False, slots=True)
+class _Weight:
+    """A weight on its way to blocks."""
+
+    name: str
+    tensor: Any
+    by_column: bool
+    bits: int
+
+    def quantize(self, precision: Precision) -> tuple[Blocks, float]:
+        """Return the blocks and the relative error; float32 copies of some rows only are in memory."""
+        whole = read_weight(self.tensor)
+        rows = whole.T if self.by_column else whole
+        step = max(1, _CHUNK_ELEMENTS // rows.shape[1])
+        parts, wrong, size = [], 0.0, 0.0
+        for start in range(0, rows.shape[0], step):
+            chunk = np.asarray(rows[start : start + step], np.float32)
+            part = quantize(chunk, bits=self.bits, block_size=precision.block_size, symmetric=precision.symmetric)
+            wrong += float(np.square(dequantize(part, rows.shape[1]) - chunk).sum(dtype=np.float64))
+            size += float(np.square(chunk).sum(dtype=np.float64))
+            parts.append(part)
+        zeros = [p.zeros for p in parts if p.zeros is not None]
+        blocks = Blocks(
+            np.concatenate([p.data for p in parts]),
+            np.concatenate([p.scales for p in parts]),
+            np.concatenate(zeros) if zeros else None,
+            self.bits,
+        )
+        return blocks, (wrong / size) ** 0.5 if size else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantized:
+    data: ir.Value
+    scales: ir.Value
+    zeros: ir.Value | None
+    bits: int
+
+
+def _projection(node: ir.Node) -> _Match | None:
+    if node.domain or node.op_type not in {"MatMul", "Gemm"} or node.inputs[0] is None:
+        return None
+    weight, by_column, bias = node.inputs[1], True, None
+    if node.op_type == "Gemm":
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        settings = {name: a.value for name, a in node.attributes.items()}
+        if settings.get("transA") or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1:
+            return None
+        if bias is not None and (bias.shape is None or len(bias.shape) != 1):
+            return None
+        by_column = not settings.get("transB")
+    transpose = made_by(weight, "Transpose")
+    if transpose is not None and by_column:
+        weight, by_column = transpose.inputs[0], False
+    stored = _stored(weight)
+    return _Match(node, node.inputs[0], stored, by_column, bias) if stored is not None else None
+
+
+def _embedding(node: ir.Node) -> _Match | None:
+    if node.domain or node.op_type != "Gather" or node.inputs[1] is None:
+        return None
+    axis = node.attributes.get("axis")
+    stored = _stored(node.inputs[0])
+    if stored is None or (axis is not None and axis.as_int() != 0):
+        return None
+    return _Match(node, node.inputs[1], stored, is_embedding=True)
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Return the float matrix in the checkpoint that ``value`` is, or ``None``."""
+    cast = made_by(value, "Cast")
+    source = cast.inputs[0] if cast is not None else value
+    if source is None or not source.is_initializer() or source.is_graph_input() or source.const_value is None:
+        return None
+    return source if source.const_value.dtype in _FLOATS and len(source.const_value.shape) == 2 else None
+
+
+def _multiply(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Precision) -> None:
+    node, bias, last = match.node, match.bias, match.node
+    add = _bias_add(node.outputs[0], match.rows) if bias is None else None
+    if add is not None:
+        bias, last = add
+    inputs: list[ir.Value | None] = [match.x, weight.data, weight.scales, weight.zeros, None, bias]
+    while inputs[-1] is None:
+        inputs.pop()
+    fused = ir.node(
+        "MatMulNBits",
+        inputs,
+        {
+            "K": match.columns,
+            "N": match.rows,
+            "bits": weight.bits,
+            "block_size": precision.block_size,
+            "accuracy_level": ACCURACY_LEVEL,
+        },
+        domain=CONTRIB,
+    )
+    graph.insert_before(last, fused)
+    take_over(last.outputs[0], fused.outputs[0])
+    graph.remove([last, node] if last is not node else node, safe=True)
+
+
+def _bias_add(product: ir.Value, size: int) -> tuple[ir.Value, ir.Node] | None:
+    """Return the constant vector that is all that happens to ``product`` at first, and the node that adds it."""
+    if not used_once(product):
+        return None
+    add = next(iter(product.uses())).node
+    if add.op_type != "Add" or add.domain:
+        return None
+    bias = next((v for v in add.inputs if v is not product), None)
+    if bias is None or not bias.is_initializer() or bias.shape is None or list(bias.shape) != [size]:
+        return None
+    return (bias, add) if bias.dtype == ir.DataType.FLOAT else None
+
+
+def _gather(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Precision) -> None:
+    name = f"{weight.data.name}_rows"
+    shape = new_constant(graph, f"{name}_shape", np.array([match.rows, match.columns * weight.bits // 8], np.int64))
+    rows = ir.node("Reshape", [weight.data, shape])
+    fused = ir.node(
+        "GatherBlockQuantized",
+        [rows.outputs[0], match.x, weight.scales, *([weight.zeros] if weight.zeros is not None else [])],
+        {"bits": weight.bits, "block_size": precision.block_size, "gather_axis": 0, "quantize_axis": 1},
+        domain=CONTRIB,
+    )
+    rows.outputs[0].name = name
+    graph.insert_before(match.node, [rows, fused])
+    take_over(match.node.outputs[0], fused.outputs[0])
+    graph.remove(match.node, safe=True)
