@@ -4,11 +4,11 @@
 The three fine-tuning functions are importable from here; they load PyTorch when first called, not with ``--help``.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from QEfficient.cloud.__main__ import run
 from QEfficient.finetune.config import TrainConfig, parse_args, resolve
@@ -60,7 +60,13 @@ def command(argv: Sequence[str]) -> int:
     config = parse_args(argv, prog="qefficient finetune")
     # PEFT and the Trainer ask transformers for a name that it is about to rename.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    metrics = _finetune(config)
+    from QEfficient.finetune.train import Interrupted
+
+    try:
+        metrics = _finetune(config)
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return e.exit_code
     print(f"{metrics['train_seconds']:.0f} s, {metrics['train_tokens_per_second']:,.0f} tokens/s", end="")
     print(f", loss {metrics['train_loss']:.3f}", end="")
     if "perplexity" in metrics:
@@ -72,26 +78,26 @@ def command(argv: Sequence[str]) -> int:
 def _finetune(config: TrainConfig) -> dict[str, float]:
     from transformers.utils import logging
 
-    from QEfficient.finetune.data import load_examples
+    from QEfficient.finetune.data import rendered
     from QEfficient.finetune.model import count_parameters
-    from QEfficient.finetune.train import train
+    from QEfficient.finetune.sets import load_sets
+    from QEfficient.finetune.train import refuse_leftovers, train
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights; the training shows its own
-    if config.use_peft:
+    refuse_leftovers(config)
+    if config.use_peft and config.from_peft_checkpoint is None:
         generate_peft_config(config)  # a mistake here must not wait for the base
     base, tokenizer = load_model_and_tokenizer(config, None)
-    options: dict[str, Any] = {"context_length": config.context_length, "data_format": config.data_format}
-    train_set = load_examples(cast("Path", config.train_file), tokenizer, **options)  # resolve() saw that it is there
-    val_set = load_examples(config.val_file, tokenizer, **options) if config.val_file else None
+    sets = load_sets(config, tokenizer)
     model = apply_peft(base, config)
     trained, total = count_parameters(model)
-    cut = sum(example.cut for example in train_set)
-    print(
-        f"{config.model_name}: {trained:,} of {total:,} parameters to train ({trained / total:.2%}), "
-        f"{len(train_set):,} examples{f', {cut:,} cut to {config.context_length} tokens' if cut else ''}",
-        flush=True,
-    )
-    return train(config, model, tokenizer, train_set, val_set, title=config.output_dir.name)
+    said = [f"{len(sets.train):,} examples", *([f"{len(sets.val):,} to validate"] if sets.val else []), *sets.notes]
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"{config.model_name}: {trained:,} of {total:,} parameters to train ({trained / total:.2%})", flush=True)
+        print(", ".join(said), flush=True)
+        if config.show_example:
+            print(f"the first, with what is learned in ⟦ ⟧:\n{rendered(sets.train[0], tokenizer)}", flush=True)
+    return train(config, model, tokenizer, sets.train, sets.val, title=config.output_dir.name)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Knows neither PyTorch nor PEFT, so that ``--help`` is fast; what only PEFT knows
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from typing import Any
 import yaml
 
 from QEfficient.errors import ConfigError
+from QEfficient.finetune import rules
 from QEfficient.options import from_dict, make_parser, option
 
 CONFIG_FILE = "train_config.yaml"
 """The resolved options, beside the adapter that they made."""
-
-MIN_CONTEXT = 8
 
 
 @dataclass(slots=True, kw_only=True)
@@ -32,8 +31,18 @@ class TrainConfig:
     config: Path | None = option(None, "YAML or JSON file of these options.", metavar="FILE")
     model_name: str = option("", "Base model: a folder, or an id on the Hugging Face Hub.")
     tokenizer_name: str | None = option(None, "Tokenizer's folder or Hub id, if not the base's.")
-    train_file: Path | None = option(None, "Training data: one JSON object a line.", metavar="FILE")
+    train_file: Path | None = option(None, "Training data: .jsonl, .csv or .parquet.", metavar="FILE")
     val_file: Path | None = option(None, "Validation data; never trained on.", metavar="FILE")
+    dataset: str | None = option(None, "Instead of train_file: folder or Hub id that the datasets library loads.")
+    dataset_split: str = option("train", "Split of the dataset to train on.")
+    val_dataset_split: str | None = option(None, "Split of the dataset to validate on.")
+    val_share: float = option(0.0, "Share of the training data that is held out for validation instead.")
+    preprocess: str | None = option(
+        None,
+        "Function that turns a row into one of a known format, or None to leave it out.",
+        metavar="FILE.py:FUNCTION",
+    )
+    streaming: bool = option(False, "Read a .jsonl row when its turn comes, for data larger than memory.")
     data_format: str = option(
         "auto",
         "What the lines hold: text; prompt and completion; instruction, input and output; chat messages.",
@@ -41,9 +50,20 @@ class TrainConfig:
     )
     output_dir: Path = option(Path("training_results"), "Folder that becomes the adapter.", metavar="DIR")
     overwrite: bool = option(False, "Replace output_dir when training has succeeded.")
+    save_steps: int = option(0, "Write a checkpoint every so many optimizer steps; 0: only when interrupted.")
+    keep_checkpoints: int = option(2, "Newest checkpoints that are kept, besides the best.")
+    resume: bool = option(False, "Go on from the newest whole checkpoint, if there is one.")
+    save_metrics: bool = option(True, "Write metrics, log, summary and model card beside the adapter.")
+    report_to: list[str] = option([], "Tracker the losses also go to, tensorboard for example; may be repeated.")
+    test: bool = option(False, "Run qefficient test on the adapter afterwards.")
 
     context_length: int = option(512, "Tokens of an example; longer ones are cut, the prompt first.")
-    train_batch_size: int = option(1, "Examples of one forward pass.")
+    packing: bool = option(False, "Fill rows with several examples, which do not see each other, instead of padding.")
+    group_by_length: bool = option(False, "Let examples of alike length share a batch.")
+    show_example: bool = option(True, "Print an example before training, with what is learned marked.")
+    train_batch_size: int = option(
+        1, "Examples of one forward pass; with several processes, they share batch times accumulation."
+    )
     val_batch_size: int = option(1, "Examples of one forward pass in validation.")
     gradient_accumulation_steps: int = option(4, "Forward passes of one optimizer step.")
     num_epochs: int = option(1, "Passes over the training data.")
@@ -55,6 +75,12 @@ class TrainConfig:
     warmup_ratio: float = option(0.03, "Share of the steps in which the learning rate rises.")
     weight_decay: float = option(0.0, "Decay of the weights.")
     max_grad_norm: float = option(1.0, "Length at which gradients are clipped; 0: not clipped.")
+    gradient_checkpointing: bool = option(False, "Compute activations again in the backward pass, to save memory.")
+    neftune_alpha: float = option(0.0, "Noise added to embeddings while training (NEFTune); 0: none.")
+    eval_steps: int = option(0, "Validate every so many optimizer steps; 0: only before and after.")
+    keep_best: bool = option(False, "Save the step with the lowest validation loss, instead of the last.")
+    early_stopping: int = option(0, "Stop after so many validations without a lower loss; 0: never.")
+    fsdp: bool = option(False, "Shard parameters over GPUs (FSDP2); needs torchrun or accelerate launch.")
     seed: int = option(42, "Seed of the adapter's initial values and of the data's order.")
     dtype: str = option("float32", "Type of the base's weights.", choices=("float32", "bfloat16", "float16"))
 
@@ -63,6 +89,7 @@ class TrainConfig:
     peft_config_file: Path | None = option(
         None, "YAML or JSON file of the method's fields, or a saved adapter_config.json.", metavar="FILE"
     )
+    from_peft_checkpoint: Path | None = option(None, "Adapter to go on from, instead of a new one.", metavar="DIR")
     lora_r: int | None = option(None, "LoRA's rank.")
     lora_alpha: int | None = option(None, "LoRA's alpha; the update is scaled by alpha / rank.")
     lora_dropout: float | None = option(None, "Dropout before LoRA's matrices.")
@@ -72,84 +99,10 @@ class TrainConfig:
     feedforward_modules: list[str] = option([], "Of these modules IA3 scales the input.", metavar="NAME")
     modules_to_save: list[str] = option([], "Module to train and save whole.", metavar="NAME")
 
-
-# What must hold, and what to say otherwise: everything that can be known without a model.
-_RULES: tuple[tuple[Callable[[TrainConfig], bool], str], ...] = (
-    (lambda c: bool(c.model_name.strip()), "model_name is missing: name a folder or a Hub id"),
-    (lambda c: c.train_file is not None, "train_file is missing: name a JSONL file"),
-    (lambda c: c.train_batch_size >= 1, "train_batch_size must be 1 or more, not {c.train_batch_size}"),
-    (lambda c: c.val_batch_size >= 1, "val_batch_size must be 1 or more, not {c.val_batch_size}"),
-    (
-        lambda c: c.gradient_accumulation_steps >= 1,
-        "gradient_accumulation_steps must be 1 or more, not {c.gradient_accumulation_steps}",
-    ),
-    (lambda c: c.num_epochs >= 1, "num_epochs must be 1 or more, not {c.num_epochs}"),
-    (lambda c: c.max_train_step >= 0, "max_train_step must be 0 (no limit) or more, not {c.max_train_step}"),
-    (
-        lambda c: c.context_length >= MIN_CONTEXT,
-        f"context_length must be {MIN_CONTEXT} or more, not {{c.context_length}}",
-    ),
-    (lambda c: 0 < c.lr < float("inf"), "lr must be above 0, not {c.lr}"),
-    (lambda c: 0 <= c.warmup_ratio < 1, "warmup_ratio must be at least 0 and below 1, not {c.warmup_ratio}"),
-    (lambda c: c.weight_decay >= 0, "weight_decay must be 0 or more, not {c.weight_decay}"),
-    (lambda c: c.max_grad_norm >= 0, "max_grad_norm must be 0 or more, not {c.max_grad_norm}"),
-    (lambda c: c.lora_r is None or c.lora_r >= 1, "lora_r must be 1 or more, not {c.lora_r}"),
-    (
-        lambda c: c.lora_dropout is None or 0 <= c.lora_dropout < 1,
-        "lora_dropout must be at least 0 and below 1, not {c.lora_dropout}",
-    ),
-    (
-        lambda c: c.dtype == "float32" or c.use_peft,
-        "dtype {c.dtype} would train the base itself in low precision: use float32, or train an adapter",
-    ),
-    (
-        lambda c: c.train_file is None or c.val_file is None or c.train_file.resolve() != c.val_file.resolve(),
-        "val_file and train_file are the same file, {c.val_file}: a validation on training data says nothing",
-    ),
-)
-
-_LORA_ONLY = ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
-_IA3_ONLY = ("feedforward_modules",)
-_PEFT_ONLY = (*_LORA_ONLY, *_IA3_ONLY, "target_modules", "modules_to_save", "peft_config_file")
-
-
-def check(config: TrainConfig) -> None:
-    """Refuse values that are out of range or contradict each other, before any model is loaded.
-
-    Raises:
-        ConfigError: Names the field, its value and what is allowed.
-    """
-    for holds, message in _RULES:
-        if not holds(config):
-            raise ConfigError(message.format(c=config))
-    check_method(config)
-    for name in ("train_file", "val_file"):
-        path = getattr(config, name)
-        if path is not None and not path.is_file():
-            raise ConfigError(f"{name} {str(path)!r} is not a file")
-    output = config.output_dir
-    if output.is_file():
-        raise ConfigError(f"output_dir {str(output)!r} is a file")
-    if output.is_dir() and any(output.iterdir()) and not config.overwrite:
-        raise ConfigError(f"output_dir {str(output)!r} is not empty: choose another, or give --overwrite")
-
-
-def check_method(config: TrainConfig) -> None:
-    """Refuse options of one PEFT method together with another method, or with none.
-
-    Raises:
-        ConfigError: Names the option and the method.
-    """
-    given = [name for name in _PEFT_ONLY if getattr(config, name) not in (None, [])]
-    if not config.use_peft and given:
-        raise ConfigError(f"{given[0]} is given, but use_peft is false: leave one of them out")
-    if config.peft_config_file is not None:
-        return  # the file names the method; model.py checks the options against it
-    method = config.peft_method.lower()
-    for names, owner in ((_LORA_ONLY, "lora"), (_IA3_ONLY, "ia3")):
-        foreign = [name for name in given if name in names and method != owner]
-        if foreign:
-            raise ConfigError(f"{foreign[0]} belongs to peft_method {owner!r}, not to {config.peft_method!r}")
+    @property
+    def validates(self) -> bool:
+        """Tell whether there is something to validate on."""
+        return bool(self.val_file or self.val_dataset_split or self.val_share)
 
 
 def resolve(source: str, **values: Any) -> TrainConfig:
@@ -167,10 +120,10 @@ def resolve(source: str, **values: Any) -> TrainConfig:
         from_file = read_mapping(config.config)
         from_dict(TrainConfig, from_file, source=str(config.config))
         config = from_dict(TrainConfig, {**from_file, **values}, source=source)
-    for name in ("target_modules", "feedforward_modules", "modules_to_save"):
+    for name in ("target_modules", "feedforward_modules", "modules_to_save", "report_to"):
         parts = [part.strip() for text in getattr(config, name) for part in text.split(",")]
         setattr(config, name, [part for part in parts if part])
-    check(config)
+    rules.check(config)
     return config
 
 

@@ -1,32 +1,27 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training data: lines of JSON become tokens and labels. Knows no models and no options.
+"""Training data: rows become tokens and labels. Knows no models and no options.
 
 A row is first turned into segments, each either given (a prompt, masked with :data:`IGNORED`) or learned; then into tokens.
 Segments are tokenized apart, because a prompt is tokenized alone, too, when the model is used.
 """
 
 import json
-from collections.abc import Callable, Iterator
+import random
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
+import xxhash
 
 from QEfficient.errors import ConfigError
+from QEfficient.finetune.formats import Row, Segment, detect_format, read_segments
+from QEfficient.finetune.sources import read_file, read_jsonl
+from QEfficient.store import digest_file
 
 IGNORED = -100
 """Label of a token that takes no part in the loss."""
-
-Row: TypeAlias = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """A part of an example's text; ``learned`` parts are what the model shall write."""
-
-    text: str
-    learned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,124 +33,103 @@ class Example:
     cut: bool = False
 
 
-def text_segments(row: Row, tokenizer: Any) -> list[Segment]:
-    """Learn all of ``text``."""
-    return [Segment(_string(row, "text"), True)]
-
-
-def completion_segments(row: Row, tokenizer: Any) -> list[Segment]:
-    """Learn ``completion`` after ``prompt``."""
-    return [Segment(_string(row, "prompt", may_be_empty=True), False), Segment(_string(row, "completion"), True)]
-
-
-def instruction_segments(row: Row, tokenizer: Any) -> list[Segment]:
-    """Learn ``output`` after ``instruction`` and, if it is there, ``input``, in Alpaca's words."""
-    instruction, output = _string(row, "instruction"), _string(row, "output")
-    given = _string(row, "input", may_be_empty=True) if row.get("input") is not None else ""
-    context = ", paired with an input that provides further context" if given else ""
-    request = f"### Instruction:\n{instruction}\n\n" + (f"### Input:\n{given}\n\n" if given else "")
-    prompt = (
-        f"Below is an instruction that describes a task{context}. "
-        f"Write a response that appropriately completes the request.\n\n{request}### Response:\n"
-    )
-    return [Segment(prompt, False), Segment(output, True)]
-
-
-def message_segments(row: Row, tokenizer: Any) -> list[Segment]:
-    """Learn what the assistant says in ``messages``, as the tokenizer's chat template writes it."""
-    messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("'messages' must be a list of role and content")
-    for message in messages:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError(f"each of 'messages' needs role and content, not {json.dumps(message)}")
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("no message has the role 'assistant', so there is nothing to learn")
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use another data format or the base's chat version")
-
-    def written(count: int, reply: bool) -> str:
-        text: str = tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=reply)
-        return text
-
-    segments, done = [], ""
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before, after = written(i, True), written(i + 1, False)
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ValueError("the tokenizer's chat template rewrites earlier messages, so replies cannot be told apart")
-        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
-        done = after
-    return segments
-
-
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Row, Any], list[Segment]]]] = {
-    "messages": (("messages",), message_segments),
-    "instruction": (("instruction", "output"), instruction_segments),
-    "completion": (("prompt", "completion"), completion_segments),
-    "text": (("text",), text_segments),
-}
-"""Name of a format → the fields by which it is detected, and what reads a row of it."""
-
-
 def load_examples(path: Path, tokenizer: Any, *, context_length: int, data_format: str = "auto") -> list[Example]:
-    """Read a JSONL file into examples.
+    """Read a file of rows into examples; see :func:`to_examples`."""
+    return to_examples(read_file(path), str(path), tokenizer, context_length=context_length, data_format=data_format)
+
+
+def to_examples(
+    rows: Iterable[tuple[str, Row]], source: str, tokenizer: Any, *, context_length: int, data_format: str = "auto"
+) -> list[Example]:
+    """Turn rows into examples.
 
     Args:
-        path: One JSON object a line; empty lines are skipped.
+        rows: Each with its place, which errors name.
+        source: Where they come from.
         tokenizer: Of the base; with an end-of-sequence token.
         context_length: Tokens of an example; see :func:`tokenize`.
-        data_format: A name of :data:`FORMATS`, or ``"auto"`` to detect it from the first row.
+        data_format: A name of ``FORMATS``, or ``"auto"`` to detect it from the first row.
 
     Raises:
-        ConfigError: A row is broken or of another format; named by file and line.
+        ConfigError: A row is broken or of another format, or there is none.
     """
     examples = []
-    for number, row in read_jsonl(path):
+    for where, row in rows:
         if data_format == "auto":
-            data_format = detect_format(row, f"{path}:{number}")
-        try:
-            segments = FORMATS[data_format][1](row, tokenizer)
-        except ValueError as e:
-            raise ConfigError(f"{path}:{number}: {e} (format {data_format!r})") from e
+            data_format = detect_format(row, where)
+        segments = read_segments(row, where, tokenizer, data_format)
         examples.append(tokenize(segments, tokenizer, context_length, chat=data_format == "messages"))
     if not examples:
-        raise ConfigError(f"{path} holds no examples")
+        raise ConfigError(f"{source} holds no examples")
     return examples
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    """Yield line number and row of each line that is not empty.
+class StreamedExamples(Sequence[Example]):
+    """Examples of a JSONL file that are read when they are asked for; all rows were looked at once.
+
+    Attributes:
+        digest: Of the file.
+    """
+
+    def __init__(self, path: Path, tokenizer: Any, *, context_length: int, data_format: str = "auto") -> None:
+        self._path, self._tokenizer, self._context_length = path, tokenizer, context_length
+        self._format = data_format
+        self._offsets = array("q")
+        for offset, where, row in read_jsonl(path):
+            if self._format == "auto":
+                self._format = detect_format(row, where)
+            read_segments(row, where, tokenizer, self._format)
+            self._offsets.append(offset)
+        if not self._offsets:
+            raise ConfigError(f"{path} holds no examples")
+        self.digest = digest_file(path)
+
+    def __len__(self) -> int:
+        return len(self._offsets)
+
+    def __getitem__(self, index: Any) -> Any:
+        with self._path.open("rb") as file:
+            file.seek(self._offsets[index])
+            row = json.loads(file.readline().decode("utf-8-sig"))
+        segments = read_segments(row, str(self._path), self._tokenizer, self._format)
+        return tokenize(segments, self._tokenizer, self._context_length, chat=self._format == "messages")
+
+
+def held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """Split off ``share`` of the examples; those with the same tokens stay together, so nothing is on both sides.
 
     Raises:
-        ConfigError: A line is not UTF-8 or not a JSON object.
+        ConfigError: One side would be empty.
     """
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(text) if text else None
-            except ValueError as e:  # also UnicodeDecodeError
-                raise ConfigError(f"{path}:{number}: not a line of JSON: {e}") from e
-            if not text:
-                continue
-            if not isinstance(row, dict):
-                raise ConfigError(f'{path}:{number}: must be an object like {{"text": …}}, not {type(row).__name__}')
-            yield number, row
+    keys = list(dict.fromkeys(tuple(e.input_ids) for e in examples))
+    random.Random(seed).shuffle(keys)
+    chosen = set(keys[: max(1, round(share * len(keys)))])
+    kept = [e for e in examples if tuple(e.input_ids) not in chosen]
+    if not kept:
+        raise ConfigError(f"val_share {share} of {len(keys)} different examples leaves none to train on")
+    return kept, [e for e in examples if tuple(e.input_ids) in chosen]
 
 
-def detect_format(row: Row, where: str) -> str:
-    """Return the format whose fields ``row`` has.
+def unseen(examples: list[Example], trained: Sequence[Example]) -> list[Example]:
+    """Return the examples that are not trained on."""
+    known = {tuple(e.input_ids) for e in trained}
+    return [e for e in examples if tuple(e.input_ids) not in known]
 
-    Raises:
-        ConfigError: It has the fields of none.
-    """
-    for name, (fields, _) in FORMATS.items():
-        if all(field in row for field in fields):
-            return name
-    known = "; ".join(f"{name}: {', '.join(fields)}" for name, (fields, _) in FORMATS.items())
-    raise ConfigError(f"{where}: fields {', '.join(map(repr, row)) or '(none)'} are of no known format ({known})")
+
+def rendered(example: Example, tokenizer: Any, *, width: int = 600) -> str:
+    """Return the text of ``example``, with ⟦ ⟧ around what is learned; long parts are shortened in their middle."""
+    parts: list[tuple[bool, list[int]]] = []
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        learned = label != IGNORED
+        if not parts or parts[-1][0] != learned:
+            parts.append((learned, []))
+        parts[-1][1].append(token)
+    texts = []
+    for learned, tokens in parts:
+        text = tokenizer.decode(tokens)
+        text = text if len(text) <= width else f"{text[: width // 2]} … {text[-width // 2 :]}"
+        texts.append(f"⟦{text}⟧" if learned else text)
+    return "".join(texts)
 
 
 def tokenize(segments: list[Segment], tokenizer: Any, context_length: int, *, chat: bool = False) -> Example:
@@ -203,34 +177,13 @@ def _special_prefix(tokenizer: Any) -> list[int]:
     return [token for token in ids if token != tokenizer.eos_token_id or token == tokenizer.bos_token_id][:1]
 
 
-def _string(row: Row, field: str, *, may_be_empty: bool = False) -> str:
-    if field not in row:
-        raise ValueError(f"field {field!r} is missing")
-    value = row[field]
-    if not isinstance(value, str):
-        raise ValueError(f"{field!r} must be text, not {json.dumps(value)}")
-    if not value and not may_be_empty:
-        raise ValueError(f"{field!r} is empty")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class Collator:
-    """Pads examples on the right to the longest; padding is masked by position, whatever token it is.
-
-    Attributes:
-        pad_token_id: What fills ``input_ids``.
-    """
-
-    pad_token_id: int
-
-    def __call__(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``attention_mask`` and ``labels``, each ``(B, S)`` int64."""
-        length = max(len(e.input_ids) for e in examples)
-        rows: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for e in examples:
-            rest = length - len(e.input_ids)
-            rows["input_ids"].append(e.input_ids + [self.pad_token_id] * rest)
-            rows["attention_mask"].append([1] * len(e.input_ids) + [0] * rest)
-            rows["labels"].append(e.labels + [IGNORED] * rest)
-        return {name: torch.tensor(values) for name, values in rows.items()}
+def digest(examples: Sequence[Example]) -> str:
+    """Return what tells these examples, in this order, from others."""
+    known = getattr(examples, "digest", None)
+    if isinstance(known, str):
+        return known
+    hasher = xxhash.xxh3_128()
+    for example in examples:
+        for values in (example.input_ids, example.labels):
+            hasher.update(array("q", [len(values), *values]).tobytes())
+    return hasher.hexdigest()

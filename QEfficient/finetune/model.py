@@ -15,7 +15,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 
 from QEfficient.errors import ConfigError
-from QEfficient.finetune.config import TrainConfig, check_method, read_mapping
+from QEfficient.finetune.config import TrainConfig, read_mapping
+from QEfficient.finetune.rules import check_method
 from QEfficient.options import suggest
 
 # Options of ours that are fields of a PEFT config; of the same name unless told.
@@ -121,7 +122,7 @@ def generate_peft_config(train_config: TrainConfig, **kwargs: Any) -> PeftConfig
 
 
 def apply_peft(model: Any, train_config: TrainConfig, **kwargs: Any) -> Any:
-    """Return ``model`` with a new adapter, its initial values drawn from ``train_config.seed``.
+    """Return ``model`` with the adapter to go on from, or else with a new adapter, its initial values drawn from ``train_config.seed``.
 
     Args:
         model: The base.
@@ -133,6 +134,8 @@ def apply_peft(model: Any, train_config: TrainConfig, **kwargs: Any) -> Any:
     """
     if not train_config.use_peft:
         return model
+    if train_config.from_peft_checkpoint is not None:
+        return _continued(model, train_config.from_peft_checkpoint)
     config = generate_peft_config(train_config, **kwargs)
     with torch.random.fork_rng():
         torch.manual_seed(train_config.seed)
@@ -145,6 +148,17 @@ def apply_peft(model: Any, train_config: TrainConfig, **kwargs: Any) -> Any:
     folder = Path(str(config.base_model_name_or_path))
     if folder.is_dir():  # found again from any working directory
         config.base_model_name_or_path = str(folder.resolve())
+    return adapted
+
+
+def _continued(model: Any, folder: Path) -> Any:
+    """Return ``model`` with the adapter in ``folder``, to be trained on."""
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except (*_LOADING, TypeError, AttributeError) as e:
+        raise ConfigError(
+            f"from_peft_checkpoint {str(folder)!r} does not fit {type(model).__name__}: {_one_line(e)}"
+        ) from e
     return adapted
 
 

@@ -1,95 +1,56 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training on transformers' ``Trainer``, its progress, its result. Knows examples and a model, no files of data."""
+"""One training, from a model and examples to a folder that is whole. Knows no files of data."""
 
 import json
-import math
 import shutil
-import time
-from collections.abc import Iterator
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback
 
+from QEfficient.errors import ConfigError
+from QEfficient.finetune import checkpoints
+from QEfficient.finetune.batches import Collator, Rows
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
-from QEfficient.finetune.data import IGNORED, Collator, Example
+from QEfficient.finetune.data import Example, digest
+from QEfficient.finetune.model import count_parameters
+from QEfficient.finetune.progress import ProgressCallback, StopCallback
+from QEfficient.finetune.trainer import AdapterTrainer, evaluate, per_step, perplexity
 from QEfficient.store import written_aside
+
+__all__ = ["LOG_FILE", "METRICS_FILE", "Interrupted", "ProgressCallback", "evaluate", "perplexity", "train"]
 
 METRICS_FILE = "train_metrics.json"
 """What :func:`train` returned, beside the adapter."""
 
-_LINES = 10
-"""How often the loss is shown."""
+LOG_FILE = "train_log.json"
+"""Loss, learning rate and gradient norm of each optimizer step, and each validation."""
 
 
-class ProgressCallback(TrainerCallback):
-    """Shows loss and speed: as a bar on a terminal, as some lines elsewhere.
+class Interrupted(KeyboardInterrupt):
+    """A training was asked to stop, and has written a checkpoint.
 
     Attributes:
-        title: What is being trained.
-        console: Where to show it.
+        exit_code: What a shell expects of a process that such a signal ended.
     """
 
-    def __init__(self, title: str, console: Console | None = None) -> None:
-        self.title = title
-        self.console = console or Console(stderr=True)
-        self._bar: Progress | None = None
-        self._task: Any = None
-        self._loss = ""
-        self._start = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Draw an empty bar, or say what begins."""
-        self._start = time.perf_counter()
-        if not self.console.is_terminal:
-            self._line(f"{self.title}: {state.max_steps} steps")
-            return
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._bar = Progress(
-            *columns,
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
-        self._task = self._bar.add_task(self.title, total=state.max_steps, loss="")
-        self._bar.start()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss; without a terminal, in a line of its own."""
-        if not logs or "loss" not in logs:
-            return
-        self._loss = f"loss {float(logs['loss']):.3f}"
-        if self._bar is None:
-            step, elapsed = state.global_step, time.perf_counter() - self._start
-            left = elapsed / step * (state.max_steps - step)
-            self._line(f"{self.title}: {step}/{state.max_steps}  {self._loss}  {elapsed:.0f} s, {left:.0f} s left")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Move the bar."""
-        if self._bar:
-            self._bar.update(self._task, completed=state.global_step, loss=self._loss)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave the finished bar."""
-        if self._bar:
-            self._bar.update(self._task, loss=self._loss)
-            self._bar.stop()
-
-    def _line(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def train(
     config: TrainConfig,
     model: Any,
     tokenizer: Any,
-    train_set: list[Example],
-    val_set: list[Example] | None = None,
+    train_set: Sequence[Example],
+    val_set: Sequence[Example] | None = None,
     *,
     title: str = "training",
     console: Console | None = None,
@@ -106,93 +67,131 @@ def train(
         console: Where progress is shown; the terminal's error stream if not given.
 
     Returns:
-        Losses per learned token, perplexities, tokens per second and times.
+        Losses per learned token, perplexities, tokens per second, times, memory and numbers of parameters.
+
+    Raises:
+        ConfigError: There are checkpoints of another training, or of this one and it is not said what to do with them.
+        Interrupted: It was asked to stop; ``resume`` goes on.
     """
-    collator = Collator(tokenizer.pad_token_id)
+    refuse_leftovers(config)
+    console = console or Console(stderr=True)
     metrics: dict[str, float] = {}
-    if val_set:
-        metrics["eval_loss_before"] = evaluate(model, val_set, collator, config.val_batch_size)
-    with _replaced(config.output_dir, config.overwrite) as folder:
-        with _use_cache_restored(model):
-            trainer = _trainer(config, model, train_set, collator, folder)
-            # No tqdm, and no line of raw numbers instead of it.
-            trainer.pop_callback(PrinterCallback)
-            trainer.add_callback(ProgressCallback(title, console))
-            start = time.perf_counter()
-            trained = trainer.train()
-        seconds = time.perf_counter() - start
-        metrics |= {
-            "train_loss": float(trained.training_loss),
-            "train_steps": float(trainer.state.global_step),
-            "train_seconds": seconds,
-            "train_tokens_per_second": float(trainer.state.num_input_tokens_seen) / seconds,
-        }
+    with _use_cache_restored(model):
+        trainer, checkpoint = _prepared(config, model, tokenizer, train_set, val_set or [], console)
         if val_set:
-            metrics["eval_loss"] = evaluate(model, val_set, collator, config.val_batch_size)
-            metrics["perplexity_before"] = perplexity(metrics["eval_loss_before"])
-            metrics["perplexity"] = perplexity(metrics["eval_loss"])
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write(config, folder / CONFIG_FILE)
-        (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+            metrics["eval_loss_before"] = evaluate(model, val_set, tokenizer.pad_token_id, config.val_batch_size)
+        _run(trainer, checkpoint, title, console)
+    if config.keep_best:
+        metrics["best_step"] = float(trainer.load_best())
+    metrics |= _measured(trainer, model)
+    if val_set:
+        metrics["eval_loss"] = evaluate(model, val_set, tokenizer.pad_token_id, config.val_batch_size)
+        metrics["perplexity_before"] = perplexity(metrics["eval_loss_before"])
+        metrics["perplexity"] = perplexity(metrics["eval_loss"])
+    if trainer.is_world_process_zero():
+        with _replaced(config.output_dir, config.overwrite) as folder:
+            _write(folder, config, model, tokenizer, metrics, trainer.state.log_history)
+        shutil.rmtree(trainer.root, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
     return metrics
 
 
-def evaluate(model: Any, examples: list[Example], collator: Collator, batch_size: int) -> float:
-    """Return the mean loss of all learned tokens of ``examples``, whatever the batches.
+def refuse_leftovers(config: TrainConfig) -> None:
+    """Do not silently throw away what an interrupted training has reached.
 
-    Returns:
-        The loss; NaN if nothing is learned in ``examples``.
+    Raises:
+        ConfigError: There are checkpoints, and neither ``resume`` nor ``overwrite`` was given.
     """
-    total, count = 0.0, 0
-    was_training = model.training
-    model.eval()
-    # Examples of alike length share a batch, so that little padding is computed.
-    ordered = sorted(examples, key=lambda e: len(e.input_ids))
-    with torch.inference_mode():
-        for i in range(0, len(ordered), batch_size):
-            batch = {name: t.to(model.device) for name, t in collator(ordered[i : i + batch_size]).items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            ).item()
-            count += int((labels != IGNORED).sum())
-    model.train(was_training)
-    return total / count if count else math.nan
+    root = checkpoints.folder_for(config.output_dir)
+    if checkpoints.listed(root) and not (config.resume or config.overwrite):
+        raise ConfigError(
+            f"{root} holds checkpoints of an interrupted training: go on with --resume, or start anew with --overwrite"
+        )
 
 
-def perplexity(loss: float) -> float:
-    """Return ``exp(loss)``, infinite where that is too large."""
-    return math.exp(loss) if loss < 700 else math.inf
+def _prepared(
+    config: TrainConfig,
+    model: Any,
+    tokenizer: Any,
+    train_set: Sequence[Example],
+    val_set: Sequence[Example],
+    console: Any,
+) -> tuple[AdapterTrainer, Path | None]:
+    """Return the trainer, and the checkpoint to go on from."""
+    rows = Rows(train_set, per_step(config), context_length=config.context_length if config.packing else 0)
+    collator = Collator(tokenizer.pad_token_id, packed=config.packing)
+    root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))
+    checkpoint = None
+    if config.resume:
+        checkpoint, damages = checkpoints.newest(root, made_by)
+        for damage in damages:
+            console.print(f"{damage}: going back to the checkpoint before it", style="yellow", soft_wrap=True)
+        where = (
+            f"from step {checkpoints.step_of(checkpoint)}" if checkpoint else "from the beginning: no whole checkpoint"
+        )
+        console.print(f"resuming {where}", highlight=False)
+    trainer = AdapterTrainer(config, model, rows, collator, val_set, root=root, made_by=made_by)
+    if trainer.is_world_process_zero() and not config.resume:
+        shutil.rmtree(root, ignore_errors=True)
+    return trainer, checkpoint
 
 
-def _trainer(config: TrainConfig, model: Any, train_set: list[Example], collator: Collator, folder: Path) -> Trainer:
-    per_step = config.train_batch_size * config.gradient_accumulation_steps
-    steps = config.max_train_step or config.num_epochs * math.ceil(len(train_set) / per_step)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=config.train_batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        num_train_epochs=config.num_epochs,
-        max_steps=config.max_train_step or -1,
-        learning_rate=config.lr,
-        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(steps * config.warmup_ratio),
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        seed=config.seed,
-        logging_steps=max(1, steps // _LINES),
-        logging_strategy="steps",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-    # A list serves as a dataset: it has a length and indices.
-    return Trainer(model=model, args=arguments, train_dataset=train_set, data_collator=collator)
+def _run(trainer: AdapterTrainer, checkpoint: Path | None, title: str, console: Console) -> None:
+    # No tqdm, and no line of raw numbers instead of it.
+    trainer.pop_callback(PrinterCallback)
+    stop = StopCallback()
+    trainer.add_callback(stop)
+    trainer.add_callback(ProgressCallback(title, console))
+    stop.listen()
+    try:
+        trainer.run(checkpoint)
+    finally:
+        stop.restore()
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        step, name = trainer.state.global_step, signal.Signals(stop.stopped).name
+        raise Interrupted(
+            f"{name} after step {step} of {trainer.state.max_steps}; the same command with --resume goes on",
+            stop.stopped,
+        )
+
+
+def _measured(trainer: AdapterTrainer, model: Any) -> dict[str, float]:
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    seconds = max((entry["seconds"] for entry in history), default=0.0)
+    trained, total = count_parameters(model)
+    return {
+        "train_loss": sum(losses) / len(losses) if losses else float("nan"),
+        "train_steps": float(trainer.state.global_step),
+        "train_seconds": seconds,
+        "train_tokens_per_second": float(trainer.state.num_input_tokens_seen) / max(seconds, 1e-9),
+        "trained_parameters": float(trained),
+        "parameters": float(total),
+        "peak_memory_bytes": float(peak_memory_bytes()),
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Return the most memory that this process has used: of the GPU if there is one, else resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _write(
+    folder: Path, config: TrainConfig, model: Any, tokenizer: Any, metrics: dict[str, float], history: list[Any]
+) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write(config, folder / CONFIG_FILE)
+    if config.save_metrics:
+        (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+        (folder / LOG_FILE).write_text(json.dumps(history) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -24,8 +24,9 @@ def needed(tmp_path: Path) -> dict[str, Any]:
     make_base(LlamaConfig(**{**SHAPE, "vocab_size": len(tokenizer)})).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = [{"prompt": "a" * i, "completion": "b" * i} for i in range(1, 9)]
-    for name in ("train", "val"):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, letter in (("train", "a"), ("val", "c")):
+        lines = [json.dumps({**row, "prompt": letter * len(row["prompt"])}) + "\n" for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     return {
         "model_name": str(tmp_path / "base"),
         "train_file": tmp_path / "train.jsonl",

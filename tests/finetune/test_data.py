@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 
 from QEfficient.errors import ConfigError
-from QEfficient.finetune.data import IGNORED, Collator, Example, Segment, load_examples, tokenize
+from QEfficient.finetune.batches import Collator
+from QEfficient.finetune.data import IGNORED, Example, load_examples, tokenize
+from QEfficient.finetune.formats import Segment
 from tests.finetune.conftest import make_tokenizer
 
 
@@ -68,7 +70,7 @@ def test_end_is_learned_when_padding_is_the_same_token(write_rows: Callable[...,
     """With EOS as padding token the real EOS keeps its label, and padding has none."""
     tokenizer = make_tokenizer(pad_token="</s>")
     examples = load_examples(write_rows({"text": "ab"}, {"text": "abcd"}), tokenizer, context_length=32)
-    labels = Collator(tokenizer.pad_token_id)(examples)["labels"]
+    labels = Collator(tokenizer.pad_token_id)([[e] for e in examples])["labels"]
     assert labels[0].tolist()[-4:] == [examples[0].labels[2], tokenizer.eos_token_id, IGNORED, IGNORED]
     assert labels[1].tolist()[-1] == tokenizer.eos_token_id
 
@@ -97,7 +99,7 @@ def test_example_of_exactly_the_context_is_not_cut(tokenizer: Any) -> None:
 
 def test_collator_pads_on_the_right(tokenizer: Any) -> None:
     """The mask and the labels follow the position of padding."""
-    batch = Collator(0)([Example([1, 5, 2], [IGNORED, 5, 2]), Example([1, 2], [IGNORED, 2])])
+    batch = Collator(0)([[Example([1, 5, 2], [IGNORED, 5, 2])], [Example([1, 2], [IGNORED, 2])]])
     assert batch["input_ids"].tolist() == [[1, 5, 2], [1, 2, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[IGNORED, 5, 2], [IGNORED, 2, IGNORED]]

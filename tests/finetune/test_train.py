@@ -12,7 +12,8 @@ from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 
 from QEfficient.finetune.config import TrainConfig
-from QEfficient.finetune.data import IGNORED, Collator, Example, Segment, tokenize
+from QEfficient.finetune.data import IGNORED, Example, tokenize
+from QEfficient.finetune.formats import Segment
 from QEfficient.finetune.model import apply_peft, load_model_and_tokenizer
 from QEfficient.finetune.train import evaluate, perplexity, train
 from tests.tiny import make_base
@@ -101,7 +102,7 @@ def test_loss_is_per_token_for_any_batch(examples: list[Example]) -> None:
     """The validation loss does not depend on how the examples are batched."""
     model = make_base("llama").eval()
     short = [Example([i % 128 for i in e.input_ids], [x % 128 if x >= 0 else x for x in e.labels]) for e in examples]
-    losses = [evaluate(model, short, Collator(0), size) for size in (1, 3, 8)]
+    losses = [evaluate(model, short, 0, size) for size in (1, 3, 8)]
     expected, count = 0.0, 0
     for e in short:
         logits = model(input_ids=torch.tensor([e.input_ids])).logits[0, :-1]
@@ -113,7 +114,7 @@ def test_loss_is_per_token_for_any_batch(examples: list[Example]) -> None:
 
 def test_nothing_to_learn_has_no_loss() -> None:
     """A loss over no tokens is not a number rather than an error; a huge one has an infinite perplexity."""
-    assert math.isnan(evaluate(make_base(), [Example([1, 2], [IGNORED, IGNORED])], Collator(0), 1))
+    assert math.isnan(evaluate(make_base(), [Example([1, 2], [IGNORED, IGNORED])], 0, 1))
     assert perplexity(1000.0) == math.inf
 
 

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From options to the examples that are trained on and those that are validated on. Knows no models."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from QEfficient.errors import ConfigError
+from QEfficient.finetune.config import TrainConfig
+from QEfficient.finetune.data import IGNORED, Example, StreamedExamples, held_out, to_examples, unseen
+from QEfficient.finetune.formats import Row
+from QEfficient.finetune.sources import preprocessed, read_dataset, read_file
+
+
+@dataclass(slots=True)
+class Sets:
+    """Examples to train on and, perhaps, to validate on, and what is to be said about them."""
+
+    train: Sequence[Example]
+    val: list[Example]
+    notes: list[str] = field(default_factory=list)
+
+
+def load_sets(config: TrainConfig, tokenizer: Any) -> Sets:
+    """Read the data of a training; nothing that is trained on is validated on.
+
+    Raises:
+        ConfigError: The data cannot be read, a row is broken, or nothing is learned from any.
+    """
+    options: dict[str, Any] = {"context_length": config.context_length, "data_format": config.data_format}
+    if config.streaming:
+        path = cast("Path", config.train_file)  # rules.py saw that it is there
+        val = _read(config, config.val_file, None, tokenizer, options) if config.val_file else []
+        return Sets(StreamedExamples(path, tokenizer, **options), val)
+    train = _read(config, config.train_file, config.dataset_split, tokenizer, options)
+    sets = Sets(train, [])
+    if config.val_share:
+        sets.train, sets.val = held_out(train, config.val_share, config.seed)
+    elif config.validates:
+        val = _read(config, config.val_file, config.val_dataset_split, tokenizer, options)
+        sets.val = unseen(val, train)
+        if not sets.val:
+            raise ConfigError(f"all {len(val):,} validation examples are training data, too: name others")
+        if len(sets.val) < len(val):
+            sets.notes.append(f"{len(val) - len(sets.val):,} validation examples are training data, too: left out")
+    _add_notes(sets, config.context_length)
+    return sets
+
+
+def _read(
+    config: TrainConfig, path: Path | None, split: str | None, tokenizer: Any, options: dict[str, Any]
+) -> list[Example]:
+    source = str(path) if path else f"{config.dataset}[{split}]"
+    rows: Iterator[tuple[str, Row]] = read_file(path) if path else read_dataset(str(config.dataset), str(split))
+    if config.preprocess:
+        rows = preprocessed(rows, config.preprocess)
+    return to_examples(rows, source, tokenizer, **options)
+
+
+def _add_notes(sets: Sets, context_length: int) -> None:
+    """Say what was cut; drop examples of which nothing is left to learn, and say that."""
+    kept = [e for e in sets.train if any(label != IGNORED for label in e.labels[1:])]
+    if not kept:
+        raise ConfigError(f"context_length {context_length} leaves nothing to learn of any example")
+    if len(kept) < len(sets.train):
+        sets.notes.append(f"{len(sets.train) - len(kept):,} examples left out: nothing of them is learned")
+    sets.train = kept
+    cut = sum(e.cut for e in sets.train)
+    if cut:
+        sets.notes.append(f"{cut:,} cut to {context_length} tokens")

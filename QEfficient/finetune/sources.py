@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Where rows come from: JSONL, CSV and Parquet files, the datasets library, a function of the user. Knows no formats."""
+
+import csv
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from QEfficient.errors import ConfigError
+from QEfficient.finetune.formats import Row
+from QEfficient.finetune.rules import JSONL
+
+
+def read_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a file, each with its place.
+
+    Raises:
+        ConfigError: The file cannot be read, or is of an unknown kind.
+    """
+    if path.suffix in JSONL:
+        return ((where, row) for _, where, row in read_jsonl(path))
+    if path.suffix == ".csv":
+        return read_csv(path)
+    if path.suffix == ".parquet":
+        return read_parquet(path)
+    raise ConfigError(f"{path}: data ends in .csv, .parquet, {', '.join(JSONL)}")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, str, Row]]:
+    """Yield offset, place and row of each line that is not empty.
+
+    Raises:
+        ConfigError: A line is not UTF-8 or not a JSON object.
+    """
+    offset = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            start, offset = offset, offset + len(line)
+            where = f"{path}:{number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+                row = json.loads(text) if text else None
+            except ValueError as e:  # also UnicodeDecodeError
+                raise ConfigError(f"{where}: not a line of JSON: {e}") from e
+            if not text:
+                continue
+            if not isinstance(row, dict):
+                raise ConfigError(f'{where}: must be an object like {{"text": …}}, not {type(row).__name__}')
+            yield start, where, row
+
+
+def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a CSV file whose first line names the fields.
+
+    Raises:
+        ConfigError: A row has more or fewer fields than the first, or the file is not UTF-8.
+    """
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, restval=None, strict=True)
+        try:
+            for row in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in row or None in row.values():
+                    raise ConfigError(f"{where}: must have {len(reader.fieldnames or [])} fields like the first line")
+                yield where, dict(row)
+        except (csv.Error, UnicodeDecodeError) as e:
+            raise ConfigError(f"{path}:{reader.line_num}: not CSV in UTF-8: {e}") from e
+
+
+def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a Parquet file.
+
+    Raises:
+        ConfigError: It is damaged, or pyarrow is not installed.
+    """
+    parquet = _optional("pyarrow.parquet", ".parquet files")
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path}, row {number}", row
+    except OSError as e:  # also pyarrow's own errors, but those of others must keep their place
+        raise ConfigError(f"{path}: not a Parquet file: {' '.join(str(e).split())}") from e
+    except ValueError as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"{path}: not a Parquet file: {' '.join(str(e).split())}") from e
+
+
+def read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a dataset that the datasets library loads: saved by it in a folder, or on the Hub.
+
+    Raises:
+        ConfigError: It cannot be loaded, has no such split, or the library is not installed.
+    """
+    datasets = _optional("datasets", "datasets")
+    folder = Path(name).expanduser()
+    try:
+        if any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
+            found = datasets.load_from_disk(str(folder))
+            if hasattr(found, "keys"):
+                if split not in found:
+                    raise ConfigError(f"dataset {name!r} has no split {split!r}: it has {', '.join(found)}")
+                found = found[split]
+        else:
+            found = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, ConnectionError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        raise ConfigError(f"dataset {name!r} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
+    for number, row in enumerate(found, start=1):
+        yield f"{name}[{split}], row {number}", row
+
+
+def preprocessed(rows: Iterable[tuple[str, Row]], spec: str) -> Iterator[tuple[str, Row]]:
+    """Yield what the user's function makes of each row, leaving out those for which it returns None.
+
+    Args:
+        rows: Each with its place.
+        spec: ``file.py:function``.
+
+    Raises:
+        ConfigError: There is no such function, it failed, or it returned something else than a row.
+    """
+    function = load_function(spec)
+    for where, row in rows:
+        try:
+            made = function(row)
+        except Exception as e:  # whatever the user's code raises belongs to this row
+            raise ConfigError(f"{where}: {spec} raised {type(e).__name__}: {e}") from e
+        if made is None:
+            continue
+        if not isinstance(made, dict):
+            raise ConfigError(f"{where}: {spec} returned {type(made).__name__}, not a row (dict) or None")
+        yield where, made
+
+
+def load_function(spec: str) -> Callable[[Row], Any]:
+    """Return the function named by ``file.py:function``.
+
+    Raises:
+        ConfigError: The file or the function is not there, or the file fails.
+    """
+    file, colon, name = spec.rpartition(":")
+    path = Path(file)
+    if not colon or path.suffix != ".py" or not name.isidentifier():
+        raise ConfigError(f"preprocess must be file.py:function, not {spec!r}")
+    if not path.is_file():
+        raise ConfigError(f"preprocess: there is no file {file!r}")
+    description = importlib.util.spec_from_file_location(path.stem, path)
+    if description is None or description.loader is None:
+        raise ConfigError(f"preprocess: {file!r} is no Python module")
+    module = importlib.util.module_from_spec(description)
+    try:
+        description.loader.exec_module(module)
+    except Exception as e:  # the user's module
+        raise ConfigError(f"preprocess: {file} raised {type(e).__name__}: {e}") from e
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ConfigError(f"preprocess: {file} has no function {name!r}")
+    found: Callable[[Row], Any] = function
+    return found
+
+
+def _optional(module: str, what: str) -> ModuleType:
+    package = module.split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise ConfigError(f"reading {what} needs {package}, which is not installed: pip install {package}") from e

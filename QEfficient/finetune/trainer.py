@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""transformers' ``Trainer`` with what it lacks: whole checkpoints, losses per token, an order that survives a resume."""
+
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from QEfficient.errors import ConfigError, UnsupportedError
+from QEfficient.finetune import checkpoints
+from QEfficient.finetune.batches import Collator, EpochOrder, Rows
+from QEfficient.finetune.config import TrainConfig
+from QEfficient.finetune.data import IGNORED, Example
+
+
+class AdapterTrainer(Trainer):
+    """Trains on :class:`Rows`; checkpoints go to ``root``.
+
+    Attributes:
+        root: Folder of the checkpoints.
+        made_by: What a checkpoint must agree with to be gone on from.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        rows: Rows,
+        collator: Collator,
+        val_set: Sequence[Example],
+        *,
+        root: Path,
+        made_by: dict[str, Any],
+    ) -> None:
+        arguments = training_arguments(config, len(rows), root)
+        self.root, self.made_by, self._config, self._val_set = root, made_by, config, val_set
+        self._aside, self._pad_token_id = root / ".tmp", collator.pad_token_id
+        self._started, self._seconds_before = time.perf_counter(), 0.0
+        self.order = EpochOrder(rows, per_step(config), config.seed, by_length=config.group_by_length)
+        super().__init__(
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=[[e] for e in val_set] or None,
+            data_collator=collator,
+        )
+        self.add_callback(_EpochCallback(self.order, len(rows) // per_step(config)))
+        if config.keep_best or config.early_stopping:
+            self.add_callback(BestCallback(config.early_stopping))
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Drop the mask of packed rows: transformers separates them by their positions, but only without a mask."""
+        if "position_ids" in inputs:
+            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Return the loss per learned token, whatever the batches; the stock one is a mean of means."""
+        loss = evaluate(self.model, self._val_set, self._pad_token_id, self._config.val_batch_size)
+        metrics = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the seconds trained so far, those before an interruption included."""
+        logs["seconds"] = self._seconds_before + time.perf_counter() - self._started
+        super().log(logs)  # without the start: speeds are ours to tell
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train, from the beginning or from a checkpoint that was verified."""
+        if checkpoint is not None:
+            self._seconds_before = _last_seconds(checkpoint)
+        self._started = time.perf_counter()
+        self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    def load_best(self) -> int:
+        """Put the weights of the best validation into the model; return its step, or 0 if there was none."""
+        best = self._best()
+        if best is None or self.state.best_global_step == self.state.global_step:
+            return int(self.state.best_global_step or 0)
+        checkpoints.verify(best)
+        self._load_from_checkpoint(str(best))
+        return int(self.state.best_global_step or 0)
+
+    def _best(self) -> Path | None:
+        step = self.state.best_global_step
+        return self.root / f"{checkpoints.PREFIX}{step}" if step else None
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
+        return self.order
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._aside)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let the Trainer write aside, then seal and move in what it wrote."""
+        main = self.is_world_process_zero()
+        if main:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.state.best_model_checkpoint = str(self._best()) if self._best() else None
+        self.accelerator.wait_for_everyone()
+        if main:
+            written = self._aside / f"{checkpoints.PREFIX}{self.state.global_step}"
+            self.state.save_to_json(str(written / "trainer_state.json"))  # now without the path aside
+            checkpoints.seal(written, self.root, self.made_by)
+            shutil.rmtree(self._aside, ignore_errors=True)
+            checkpoints.rotate(self.root, self._config.keep_checkpoints, self._best())
+        self.accelerator.wait_for_everyone()
+
+
+class _EpochCallback(TrainerCallback):
+    """Tells the order which epoch begins, counted in steps: it must be right after a resume, too."""
+
+    def __init__(self, order: EpochOrder, steps_per_epoch: int) -> None:
+        self._order, self._steps = order, steps_per_epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count the epochs that are done."""
+        self._order.epoch = state.global_step // self._steps
+
+
+class BestCallback(TrainerCallback):
+    """Has a checkpoint written for each new lowest validation loss; stops when there has been none for a while.
+
+    What it needs to know is in the log, which a checkpoint holds: a resumed training stops where it would have.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Compare the validation with those before."""
+        losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+        best = losses.index(min(losses)) if losses else 0
+        if losses and best == len(losses) - 1:
+            control.should_save = True
+        elif self._patience and len(losses) - 1 - best >= self._patience:
+            control.should_training_stop = True
+
+
+def per_step(config: TrainConfig) -> int:
+    """Return how many rows an optimizer step learns from, over all processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps
+
+
+def split_batch(batch: int, accumulation: int, processes: int) -> tuple[int, int]:
+    """Return batch and accumulation of each process, so that a step learns from the same rows for any number of them.
+
+    Raises:
+        ConfigError: They cannot be shared equally.
+    """
+    if accumulation % processes == 0:
+        return batch, accumulation // processes
+    if batch % processes == 0:
+        return batch // processes, accumulation
+    raise ConfigError(
+        f"{processes} processes cannot share train_batch_size {batch} times gradient_accumulation_steps {accumulation}: "
+        f"make one of them a multiple of {processes}"
+    )
+
+
+def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingArguments:
+    """Return the Trainer's arguments of ``config``.
+
+    Raises:
+        UnsupportedError: FSDP is asked for where accelerate would run something else.
+        ConfigError: The processes cannot share the batch.
+    """
+    if config.fsdp and not torch.cuda.is_available():
+        raise UnsupportedError(
+            "fsdp needs GPUs: on CPUs accelerate would silently run DDP, with all parameters everywhere"
+        )
+    steps = config.max_train_step or config.num_epochs * (rows // per_step(config))
+    saving = config.save_steps or (steps + 1 if config.keep_best or config.early_stopping else 0)
+    sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if config.fsdp else {}
+    arguments = TrainingArguments(
+        output_dir=str(root),
+        num_train_epochs=config.num_epochs,
+        max_steps=config.max_train_step or -1,
+        learning_rate=config.lr,
+        lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
+        warmup_steps=math.ceil(steps * config.warmup_ratio),
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        neftune_noise_alpha=config.neftune_alpha or None,
+        activation_checkpointing=config.gradient_checkpointing,
+        seed=config.seed,
+        logging_steps=1,
+        logging_strategy="steps",
+        eval_strategy="steps" if config.eval_steps else "no",
+        eval_steps=config.eval_steps or None,
+        metric_for_best_model="eval_loss" if config.keep_best or config.early_stopping else None,
+        greater_is_better=False if config.keep_best or config.early_stopping else None,
+        save_strategy="steps" if saving else "no",
+        save_steps=saving or 1,
+        report_to=config.report_to or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        **sharding,
+    )
+    processes = arguments.world_size
+    split = split_batch(config.train_batch_size, config.gradient_accumulation_steps, processes)
+    arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split
+    return arguments
+
+
+def evaluate(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> float:
+    """Return the mean loss of all learned tokens of ``examples``, whatever the batches and the processes.
+
+    Returns:
+        The loss; NaN if nothing is learned in ``examples``.
+    """
+    total, count = 0.0, 0
+    was_training = model.training
+    collator = Collator(pad_token_id)
+    model.eval()
+    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
+    # Examples of alike length share a batch, so that little padding is computed.
+    ordered = sorted((examples[i] for i in range(rank, len(examples), processes)), key=lambda e: len(e.input_ids))
+    with torch.inference_mode():
+        for i in range(0, len(ordered), batch_size):
+            batch = collator([[e] for e in ordered[i : i + batch_size]])
+            batch = {name: t.to(model.device) for name, t in batch.items()}
+            labels = batch.pop("labels")[:, 1:]
+            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            ).item()
+            count += int((labels != IGNORED).sum())
+    model.train(was_training)
+    if spread:
+        sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
+        torch.distributed.all_reduce(sums)
+        total, count = sums[0].item(), int(sums[1].item())
+    return total / count if count else math.nan
+
+
+def perplexity(loss: float) -> float:
+    """Return ``exp(loss)``, infinite where that is too large."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _last_seconds(checkpoint: Path) -> float:
+    from transformers import TrainerState
+
+    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    return float(max((entry.get("seconds", 0.0) for entry in history), default=0.0))
