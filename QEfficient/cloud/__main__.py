@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(command: str, argv: Sequence[str] | None = None) -> int:
     """Run one command; a QEffError becomes one line on stderr and exit code 2."""
     module = importlib.import_module(f"QEfficient.cloud.{command}")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # its retries are not the user's business
     try:
         return int(module.command(list(sys.argv[1:] if argv is None else argv)))
     except QEffError as e:

@@ -97,7 +97,7 @@ def resolve(path: str | Path) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_FILE}")
         return folder
-    if folder.exists() or not _is_hub_id(str(path)):
+    if folder.exists() or is_local(path):
         raise AdapterNotFoundError(f"adapter folder {str(path)!r} does not exist")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -244,8 +244,12 @@ def _fit_tensor(adapter: str, spec: AdapterSpec, array: np.ndarray | None, rank:
     return np.asarray(padded, dtype=spec.dtype, order="C")
 
 
-def _is_hub_id(text: str) -> bool:
-    return text.count("/") == 1 and not text.startswith((".", "/", "~")) and not text.endswith("/")
+def is_local(path: str | Path) -> bool:
+    """Return whether ``path`` means a place on this machine, not ``name`` or ``owner/name`` on the Hub."""
+    text = str(path)
+    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
+        return True
+    return "/" in text and Path(text).parent.is_dir()
 
 
 def describe(config: PeftConfig) -> dict[str, Any]:

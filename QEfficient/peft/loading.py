@@ -10,7 +10,8 @@ from peft import PeftModel, PeftModelForCausalLM
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from QEfficient.errors import AdapterMismatchError, ConfigError
-from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, read_config, read_tensors, resolve
+from QEfficient.export.lift import inner_model
+from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, is_local, read_config, read_tensors, resolve
 
 
 def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **kwargs: Any) -> PreTrainedModel:
@@ -24,7 +25,7 @@ def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **k
     Raises:
         ConfigError: There is no model in that place.
     """
-    if _looks_local(base) and not Path(base).is_dir():
+    if is_local(base) and not Path(base).is_dir():
         raise ConfigError(f"base folder {str(base)!r} does not exist")
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, **kwargs)
@@ -80,8 +81,7 @@ def attach(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path
 
 def _check_free(model: torch.nn.Module, name: str) -> None:
     """Refuse a name that is part of the base's own names: PEFT would take it out of every tensor's name on saving."""
-    inside = model.base_model.model if isinstance(model, PeftModel) else model
-    path = next((path for path, _ in inside.named_parameters() if name in path.split(".")), None)
+    path = next((path for path, _ in inner_model(model).named_parameters() if name in path.split(".")), None)
     if path is not None:
         reason = (
             "the model has an adapter of that name"
@@ -106,8 +106,3 @@ def _first_difference(error: BaseException) -> str:
     return next(
         (line for line in lines if line.startswith("size mismatch")), lines[0] if lines else type(error).__name__
     )
-
-
-def _looks_local(base: str | Path) -> bool:
-    text = str(base)
-    return isinstance(base, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1
