@@ -61,21 +61,34 @@ class Check(Generic[C]):
         except Exception as e:  # noqa: BLE001, RUF100 -- one check must not take the others along
             text = f"The check could not be carried out: {type(e).__name__}: {str(e).strip() or 'no message'}"
             found = Finding(Outcome.FAIL, text.splitlines()[0])
+        seconds = time.perf_counter() - start
+        return self.result(stage, subject, found.outcome, found.message, found, seconds)
+
+    def result(
+        self,
+        stage: Stage,
+        subject: str,
+        outcome: Outcome,
+        message: str,
+        found: Finding | None = None,
+        seconds: float = 0.0,
+    ) -> CheckResult:
+        """Return what was found, or a message alone, as a result of this check."""
         return CheckResult(
             name=f"{stage.value}.{self.name}",
             title=self.title,
             subject=subject,
             stage=stage,
-            outcome=found.outcome,
-            message=found.message,
+            outcome=outcome,
+            message=message,
             reason=self.reason,
-            measured=found.measured,
-            tolerance=None if found.outcome is Outcome.SKIP else self.tolerance,
+            measured=found.measured if found else None,
+            tolerance=None if outcome is Outcome.SKIP or found is None else self.tolerance,
             unit=self.unit,
             at_least=self.at_least,
-            facts=found.facts,
-            series=found.series,
-            seconds=time.perf_counter() - start,
+            facts=found.facts if found else {},
+            series=found.series if found else (),
+            seconds=seconds,
         )
 
 

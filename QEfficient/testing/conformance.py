@@ -3,39 +3,25 @@
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from QEfficient.contract import BASE
-from QEfficient.errors import ConfigError
-from QEfficient.options import suggest
-from QEfficient.testing import checks_adapter, checks_efficiency, checks_graph, checks_pytorch
+from QEfficient.errors import QEffError
+from QEfficient.testing import checks_efficiency
+from QEfficient.testing.adapter_stage import examine_all
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
-from QEfficient.testing.inputs import describe_adapter, describe_base, read_adapters, read_base_config
+from QEfficient.testing.inputs import describe_base, read_base_config
 from QEfficient.testing.publish import publish
 from QEfficient.testing.reference import Reference, load_base, tokenizer_of
-from QEfficient.testing.report import Environment, Measurement, Report, Stage
+from QEfficient.testing.report import Environment, Measurement, Outcome, Report, Stage
+from QEfficient.testing.selection import Progress, Selection, catalog, perform
 from QEfficient.testing.workload import make_workload
-
-Progress = Callable[[str, str], None]
-"""Called with what is done (``"graph.prefill"``, ``"export"``) and for whom, before it is done."""
-
-_NAMES = tuple(
-    f"{stage.value}.{check.name}"
-    for stage, checks in (
-        (Stage.ADAPTER, checks_adapter.CHECKS),
-        (Stage.PYTORCH, checks_pytorch.CHECKS),
-        (Stage.GRAPH, checks_graph.CHECKS),
-        (Stage.PROGRAM, checks_graph.CHECKS),
-    )
-    for check in checks
-)
 
 
 def run(
@@ -45,6 +31,8 @@ def run(
     graph: str | Path | None = None,
     report_dir: str | Path | None = None,
     only: Sequence[str] = (),
+    skip: Mapping[str, str] | None = None,
+    jobs: int = 1,
     greedy_tokens: int = 64,
     measure_speed: bool = True,
     budgets: Budgets = Budgets(),  # noqa: B008 -- frozen
@@ -58,6 +46,8 @@ def run(
         graph: An exported graph to test; None exports one.
         report_dir: Where to write ``report.json``, ``junit.xml`` and ``report.html``; None writes nothing.
         only: Patterns of check names, ``"graph.*"`` for example; empty for all.
+        skip: Patterns of check names that are not asked, and why.
+        jobs: Processes that examine the adapters' files; more than 1 pays from some dozens of adapters on.
         greedy_tokens: How many tokens to generate for each prompt.
         measure_speed: Measure speed and memory as well.
         budgets: Limits of speed that are part of the verdict.
@@ -66,8 +56,9 @@ def run(
     Raises:
         QEffError: What was given cannot be tested: a missing folder, a damaged file, an adapter of another base.
     """
-    tester = _Tester(str(base), adapters, graph, tuple(only), progress)
+    tester = _Tester(str(base), adapters, graph, Selection(tuple(only), dict(skip or {})), progress)
     start = time.perf_counter()
+    tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
     report.seconds = time.perf_counter() - start
     if report_dir is not None:
@@ -83,38 +74,49 @@ class _Tester:
         base: str,
         adapters: Mapping[str, str | Path],
         graph: str | Path | None,
-        only: tuple[str, ...],
+        selection: Selection,
         progress: Progress,
     ) -> None:
-        for pattern in only:
-            if not any(fnmatch(name, pattern) for name in _NAMES):
-                raise ConfigError(f"no check is called {pattern!r}{suggest(pattern, _NAMES)}")
-        self.base, self.graph, self.only, self.progress = base, graph, only, progress
+        self.checks = catalog()
+        selection.validate([f"{stage.value}.{c.name}" for stage, checks in self.checks.items() for c in checks])
+        self.base, self.adapters, self.graph, self.selection, self.progress = base, adapters, graph, selection, progress
         progress("read", BASE)
         self.config = read_base_config(base)
-        self.files = read_adapters(adapters, self.config)
-        self.names = tuple(self.files)
-        self.report = Report(
-            describe_base(base, self.config),
-            tuple(describe_adapter(name, adapters[name], files) for name, files in self.files.items()),
-            Environment.current(),
-            command=_command(base, adapters, graph),
-        )
+        self.paths: dict[str, Path] = {}
+        command = _command(base, adapters, graph)
+        self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters that can be loaded."""
+        return tuple(self.paths)
+
+    def read(self, jobs: int) -> None:
+        """Examine every adapter's files; refuse the run if none of them can be loaded.
+
+        Raises:
+            QEffError: Why the first cannot be.
+        """
+        found = examine_all(self.adapters, self.base, self.config, self.selection, self.progress, jobs=jobs)
+        errors = [one.error for one in found.values() if one.error is not None]
+        if len(errors) == len(found):
+            raise errors[0]
+        self.report.adapters = tuple(one.subject for one in found.values())
+        self.report.results += [r for one in found.values() for r in one.results]
+        self.paths = {name: one.path for name, one in found.items() if one.error is None}
 
     def run(self, greedy_tokens: int, measure_speed: bool, budgets: Budgets) -> Report:
-        """Go through the stages; each subject through all of a graph's checks before the next."""
-        for name, files in self.files.items():
-            self.check(Stage.ADAPTER, checks_adapter.CHECKS, files, name)
+        """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
         if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM):
             return self.report
         reference, seconds = self.load(greedy_tokens)
         for name in (BASE, *self.names):
-            self.check(Stage.PYTORCH, checks_pytorch.CHECKS, reference, name)
+            self.check(Stage.PYTORCH, self.checks[Stage.PYTORCH], reference, name)
         if not self.wants(Stage.GRAPH, Stage.PROGRAM):
             return self.report
         for graph in self.graphs(reference):
             self.report.graph = self.report.graph or str(graph.folder)
-            self.stages(reference, graph, seconds if measure_speed and not self.only else None, budgets)
+            self.stages(reference, graph, seconds if measure_speed and not self.selection.only else None, budgets)
         return self.report
 
     def load(self, greedy_tokens: int) -> tuple[Reference, float]:
@@ -128,10 +130,21 @@ class _Tester:
         workload = make_workload(text.vocab_size, self.max_positions, encode, greedy_tokens)
         reference = Reference(model, workload)
         begin = time.perf_counter()
-        for name, files in self.files.items():
+        for name, path in list(self.paths.items()):
             self.progress("load", name)
-            reference.attach(name, files.path)
+            self.attach(reference, name, path)
         return reference, seconds + time.perf_counter() - begin
+
+    def attach(self, reference: Reference, name: str, path: Path) -> None:
+        """Load one adapter with PEFT; one that PEFT refuses is reported and left out, unless it is the last."""
+        try:
+            reference.attach(name, path)
+        except QEffError as e:
+            del self.paths[name]
+            if not self.paths:
+                raise
+            check = next(c for c in self.checks[Stage.ADAPTER] if c.name == "shapes")
+            self.report.results.append(check.result(Stage.ADAPTER, name, Outcome.FAIL, f"PEFT cannot load it: {e}"))
 
     def graphs(self, reference: Reference) -> list[Graph]:
         """Find the graph that was given, or export."""
@@ -147,11 +160,11 @@ class _Tester:
             self.progress("open graph", BASE)
             candidate = stack.enter_context(opened(Stage.GRAPH, graph, reference))
             for name in subjects:
-                self.check(Stage.GRAPH, checks_graph.CHECKS, candidate, name)
+                self.check(Stage.GRAPH, self.checks[Stage.GRAPH], candidate, name)
             self.progress("compile", BASE)
             candidate = stack.enter_context(opened(Stage.PROGRAM, graph, reference))
             for name in subjects:
-                self.check(Stage.PROGRAM, checks_graph.CHECKS, candidate, name)
+                self.check(Stage.PROGRAM, self.checks[Stage.PROGRAM], candidate, name)
             if pytorch_seconds is None or self.report.measurements:
                 return
             found = self.measurements(reference, candidate.session, tuple(graph.fitted))
@@ -172,22 +185,14 @@ class _Tester:
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 0)
 
     def wants(self, *stages: Stage) -> bool:
-        """Whether any check of these stages was asked for."""
-        prefixes = tuple(f"{s.value}." for s in stages)
-        return any(n.startswith(prefixes) and self.asked(n) for n in _NAMES)
-
-    def asked(self, name: str) -> bool:
-        """Whether a check was asked for."""
-        return not self.only or any(fnmatch(name, pattern) for pattern in self.only)
+        """Whether any check of these stages is asked."""
+        names = (f"{stage.value}.{c.name}" for stage in stages for c in self.checks[stage])
+        return any(self.selection.asked(n) and self.selection.reason(n) is None for n in names)
 
     def check(self, stage: Stage, checks: Sequence[Check[C]], context: C, subject: str) -> None:
         """Ask the questions of one stage about one subject."""
-        for check in checks:
-            name = f"{stage.value}.{check.name}"
-            applies = check.of_base if subject == BASE else check.of_adapters
-            if applies and (self.asked(name) or stage is Stage.EFFICIENCY):
-                self.progress(name, subject)
-                self.report.results.append(check.perform(stage, context, subject))
+        selection = Selection(skip=self.selection.skip) if stage is Stage.EFFICIENCY else self.selection
+        self.report.results += perform(stage, checks, context, subject, selection, self.progress)
 
 
 def _command(base: str, adapters: Mapping[str, str | Path], graph: str | Path | None) -> str:

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a test is given, read and refused before anything runs: the base's configuration and the adapters' files."""
+"""What a test is given: the base's configuration, and both as the report shows them."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from QEfficient.errors import ConfigError
-from QEfficient.peft.adapters import Adapter, check_name, resolve
-from QEfficient.testing.checks_adapter import AdapterFiles, expected_tensors, refuse_other_shapes
+from QEfficient.testing.adapter_files import AdapterFiles
 from QEfficient.testing.report import Subject
 from QEfficient.testing.text import counted, size
 
@@ -28,28 +26,6 @@ def read_base_config(base: str) -> Any:
         raise ConfigError(f"{base!r} is not a model: {str(e).strip().splitlines()[0]}") from e
 
 
-def read_adapters(adapters: Mapping[str, str | Path], base_config: Any) -> dict[str, AdapterFiles]:
-    """Read every adapter, and refuse what cannot be tested.
-
-    Raises:
-        ConfigError: No adapter, or a name that cannot be used.
-        AdapterNotFoundError: A folder is missing or holds no adapter.
-        ArtifactError: A file is damaged.
-        AdapterMismatchError: An adapter was made for a base of other shapes.
-    """
-    if not adapters:
-        raise ConfigError("nothing to test: give at least one adapter, as NAME=PATH")
-    found = {}
-    for name, path in adapters.items():
-        check_name(name)
-        folder = resolve(path)
-        adapter = Adapter.load(folder, name)
-        expected, own = expected_tensors(base_config, adapter.config, name)
-        found[name] = AdapterFiles(folder, adapter.config, adapter.tensors, expected, own)
-        refuse_other_shapes(name, found[name])
-    return found
-
-
 def describe_base(base: str, config: Any) -> Subject:
     """Return the base as the report shows it."""
     text = config.get_text_config()
@@ -64,7 +40,9 @@ def describe_adapter(name: str, path: str | Path, files: AdapterFiles) -> Subjec
     """Return an adapter as the report shows it."""
     config = files.config
     rank = f"rank {config.r}, " if getattr(config, "r", None) else ""
-    volume = size(sum(t.nbytes for t in files.tensors.values()))
     return Subject(
-        name, str(path), str(config.peft_type.value), f"{rank}{counted(len(files.tensors), 'tensor')}, {volume}"
+        name,
+        str(path),
+        str(config.peft_type.value),
+        f"{rank}{counted(len(files.tensors), 'tensor')}, {size(files.volume)}",
     )

@@ -107,16 +107,19 @@ def truncated(folder: Path) -> None:
 def test_damaged_adapter_is_2(
     models: Path, tmp_path: Path, damage: Callable[[Path], None], says: str, capsys: pytest.CaptureFixture[str]
 ):
-    """What cannot be tested exits with 2 and one line, no traceback."""
+    """What cannot be tested exits with 2 and one line, no traceback; beside a sound adapter it is a failed check."""
     folder = Path(shutil.copytree(models / "one", tmp_path / "one"))
     damage(folder)
-    assert ask(models, one=str(folder)) == 2
+    given = [str(models / "base"), "--adapter", f"one={folder}"]
+    assert run("test", given) == 2
     refused(capsys, says)
+    assert run("test", [*given, "--adapter", f"two={models / 'two'}", "--only", "adapter.*"]) == 1
+    assert "".join(says.split()) in "".join(capsys.readouterr().out.split())
 
 
 def test_adapter_of_another_base_is_2(models: Path, capsys: pytest.CaptureFixture[str]):
     """An adapter of another base's shapes exits with 2, with tensor and shapes."""
-    assert ask(models, one="wider") == 2
+    assert run("test", [str(models / "base"), "--adapter", f"one={models / 'wider'}"]) == 2
     refused(capsys, "adapter 'one' does not fit the base: ")
 
 

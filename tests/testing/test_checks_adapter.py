@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import json
+import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -6,10 +9,13 @@ import pytest
 from transformers import AutoConfig
 
 from QEfficient.errors import AdapterMismatchError
-from QEfficient.peft.adapters import Adapter
-from QEfficient.testing.checks_adapter import CHECKS, AdapterFiles, expected_tensors, refuse_other_shapes
+from QEfficient.testing.adapter_files import AdapterFiles, read_adapter, refuse_other_shapes
+from QEfficient.testing.adapter_stage import Examined, examine, examine_all, examine_there, in_processes
+from QEfficient.testing.checks_adapter import CHECKS
 from QEfficient.testing.report import CheckResult, Outcome, Stage
+from QEfficient.testing.selection import Selection
 from tests.testing.conftest import Folders
+from tests.testing.planted_adapters import ADAPTER_FAULTS, Fault
 from tests.tiny import SHAPE, lora, save_adapter, save_base
 
 
@@ -21,9 +27,7 @@ def files(folders: Folders) -> AdapterFiles:
 
 def read(base: Path, path: Path) -> AdapterFiles:
     """Read one adapter against one base."""
-    adapter = Adapter.load(path, "one")
-    expected, own = expected_tensors(AutoConfig.from_pretrained(base), adapter.config, "one")
-    return AdapterFiles(path, adapter.config, dict(adapter.tensors), expected, own)
+    return read_adapter("one", path, str(base), AutoConfig.from_pretrained(base))
 
 
 def ask(name: str, files: AdapterFiles) -> CheckResult:
@@ -34,7 +38,24 @@ def ask(name: str, files: AdapterFiles) -> CheckResult:
 @pytest.mark.parametrize("name", [c.name for c in CHECKS])
 def test_healthy_adapter_passes(files: AdapterFiles, name: str):
     """No check accuses an adapter that PEFT saved after training."""
-    assert ask(name, files).outcome is Outcome.PASS
+    found = ask(name, files)
+    assert found.outcome is (Outcome.SKIP if name == "tokenizer" else Outcome.PASS), found.message
+
+
+def look(folders: Folders, path: Path) -> Examined:
+    """Examine one folder as a run does."""
+    config = AutoConfig.from_pretrained(folders.base)
+    return examine("one", path, str(folders.base), config, Selection())
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS, ids=lambda f: f.name)
+def test_planted_fault_is_named(folders: Folders, tmp_path: Path, fault: Fault):
+    """Each fault of a folder is flagged by the check that is there for it, first of all or with one that follows."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    fault.plant(folder)
+    found = look(folders, folder)
+    flagged = [r for r in found.results if r.outcome in (Outcome.FAIL, Outcome.WARN)]
+    assert set(fault.checks) & {r.name for r in flagged}, [f"{r.name}: {r.message}" for r in flagged]
 
 
 def test_missing_tensor_is_named(files: AdapterFiles):
@@ -112,3 +133,94 @@ def test_targets_that_the_base_lacks_are_refused(folders: Folders, tmp_path: Pat
     adapter = save_adapter(gpt2, tmp_path / "adapter", config=lora(target_modules=["c_attn"]))
     with pytest.raises(AdapterMismatchError, match="'one' does not fit the base"):
         read(folders.base, adapter)
+
+
+def rewrite(path: Path, **fields: object) -> None:
+    """Edit a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def test_base_of_the_same_shape_is_told_apart(folders: Folders, tmp_path: Path):
+    """A base of the same shape and other weights fails, with a tensor; a copy of the right base passes."""
+    other = save_base(tmp_path / "other", seed=5)
+    copy = Path(shutil.copytree(folders.base, tmp_path / "copy"))
+    found = ask("base", read(other, folders.one))
+    assert found.outcome is Outcome.FAIL
+    assert "other weights of the same shape, first" in found.message
+    assert ask("base", read(copy, folders.one)).outcome is Outcome.PASS
+
+
+def test_base_of_another_structure_is_told_apart(folders: Folders, tmp_path: Path):
+    """A recorded base of another structure fails, with both values."""
+    other = save_base(tmp_path / "other", "qwen2")
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    rewrite(folder / "adapter_config.json", base_model_name_or_path=str(other))
+    found = ask("base", read(folders.base, folder))
+    assert found.outcome is Outcome.FAIL
+    assert "model_type 'qwen2', here 'llama'" in found.message
+
+
+def test_edited_rank_is_told_with_both_ranks(folders: Folders, tmp_path: Path):
+    """An edited r is told apart from another base: both ranks are named."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    rewrite(folder / "adapter_config.json", r=16)
+    assert "have rank 4, its configuration says 16" in ask("shapes", read(folders.base, folder)).message
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, "PEFT merges it wrongly"),
+        ({"modules_to_save": ["lm_head"]}, "the two are torn apart"),
+        ({}, "touches neither"),
+    ],
+)
+def test_tied_weights(tmp_path: Path, fields: dict[str, list[str]], says: str):
+    """On a base with tied embeddings, an adapter of one of the two is told about, and why."""
+    base = save_base(tmp_path / "base", "qwen2")
+    adapter = save_adapter(base, tmp_path / "one", config=lora(**{"target_modules": ["q_proj"], **fields}))
+    found = ask("tied", read(base, adapter))
+    assert says in found.message
+    assert found.outcome is (Outcome.WARN if fields else Outcome.PASS)
+
+
+def test_tokenizer_of_another_base_fails(folders: Folders, tmp_path: Path):
+    """A token with another id than in the base's tokenizer fails, with token and both ids."""
+    base = Path(shutil.copytree(folders.base, tmp_path / "base"))
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    (base / "added_tokens.json").write_text('{"<a>": 5, "<b>": 6}')
+    (folder / "added_tokens.json").write_text('{"<a>": 6, "<b>": 5}')
+    assert "first '<b>': 5, base 6" in ask("tokenizer", read(base, folder)).message
+    (folder / "added_tokens.json").write_text('{"<a>": 5, "<b>": 6, "<new>": 7}')
+    assert "'<new>', but no embedding was trained" in ask("tokenizer", read(base, folder)).message
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_unreadable_adapter_takes_no_other_along(folders: Folders, tmp_path: Path, jobs: int):
+    """A truncated adapter fails alone, and a copy is called a copy, in this process and in others."""
+    broken = Path(shutil.copytree(folders.two, tmp_path / "broken"))
+    ADAPTER_FAULTS[0].plant(broken)
+    given = {"one": folders.one, "broken": broken, "twin": folders.one}
+    config = AutoConfig.from_pretrained(folders.base)
+    found = examine_all(given, str(folders.base), config, Selection(), lambda *a: None, jobs=jobs)
+    assert list(found) == list(given)
+    assert [name for name, one in found.items() if one.error] == ["broken"]
+    assert "is damaged" in found["broken"].results[0].message
+    last = found["twin"].results[-1]
+    assert (last.name, last.outcome) == ("adapter.duplicate", Outcome.WARN)
+    assert "that of 'one'" in last.message
+
+
+def hangs_at_two(name: str, path: str | Path, base: str, selection: Selection) -> Examined:
+    """Hang at one adapter."""
+    if name == "two":
+        time.sleep(60)
+    return examine_there(name, path, base, selection)
+
+
+def test_hanging_adapter_takes_no_other_along(folders: Folders):
+    """An adapter whose examination hangs is given up after a time; the others are examined."""
+    given = {"one": folders.one, "two": folders.two, "three": folders.one}
+    found = dict(in_processes(given, str(folders.base), Selection(), 2, 3, hangs_at_two))
+    assert [name for name, one in found.items() if one.error] == ["two"]
+    assert "no answer within 3 s" in found["two"].results[0].message

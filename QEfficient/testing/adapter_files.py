@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""One adapter as it lies on disk, and what the base expects of it. No model runs: the base exists only as shapes."""
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
+
+from QEfficient.errors import AdapterMismatchError
+from QEfficient.peft.adapters import Adapter, resolve
+
+Shape = tuple[int, ...]
+PREFIX = "base_model.model."
+"""What PEFT writes in front of a module's name."""
+
+_LEAF = re.compile(
+    r"\.[^.]*(lora|ia3|oft|hada|lokr|vera|hira|miss|fourierft|waveft|c3a|shira|road|hra|delora|trainable_tokens)_?[^.]*(\.weight|\.bias)?$"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """One adapter, read.
+
+    Attributes:
+        path: Its folder.
+        config: Its ``PeftConfig``.
+        tensors: The tensors of its file.
+        expected: Names and shapes that PEFT would save for this configuration on this base.
+        optional: Names of the base's own tensors, which a file may hold besides (resized embeddings).
+        base: Folder or Hub id of the base.
+        base_config: The base's configuration.
+    """
+
+    path: Path
+    config: Any
+    tensors: dict[str, npt.NDArray[Any]]
+    expected: dict[str, Shape]
+    optional: dict[str, Shape]
+    base: str = ""
+    base_config: Any = None
+
+    @property
+    def method(self) -> str:
+        """PEFT's name of the method."""
+        return str(self.config.peft_type.value)
+
+    @property
+    def volume(self) -> int:
+        """Bytes of the tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def modules(self) -> list[str]:
+        """Return the names, in the base, of the modules that the adapter's tensors belong to."""
+        return sorted({module_of(k).removeprefix(PREFIX) for k in self.tensors})
+
+
+def read_adapter(name: str, path: str | Path, base: str, base_config: Any) -> AdapterFiles:
+    """Read one adapter, and build the base as shapes to see what it should hold.
+
+    Raises:
+        AdapterNotFoundError: The folder is missing or holds no adapter.
+        ArtifactError: A file is damaged.
+        AdapterMismatchError: PEFT cannot put such an adapter on this base.
+    """
+    folder = resolve(path)
+    adapter = Adapter.load(folder, name)
+    expected, own = expected_tensors(base_config, adapter.config, name)
+    return AdapterFiles(folder, adapter.config, adapter.tensors, expected, own, base, base_config)
+
+
+def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """Return what PEFT would save for ``config`` on the base, and the base's own tensors, names to shapes.
+
+    Raises:
+        AdapterMismatchError: PEFT cannot put such an adapter on this base.
+    """
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = AutoModelForCausalLM.from_config(base_config)  # type: ignore[no-untyped-call]
+            own = {PREFIX + key: tuple(value.shape) for key, value in model.state_dict().items()}
+            wrapped = PeftModel(model, copy.deepcopy(config), adapter_name="default", low_cpu_mem_usage=True)
+            saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+            first = str(e).strip().splitlines()[0]
+            raise AdapterMismatchError(f"adapter {name!r} does not fit the base: {first}") from e
+    return {key: tuple(value.shape) for key, value in saved.items()}, own
+
+
+def refuse_other_shapes(name: str, files: AdapterFiles) -> None:
+    """Refuse an adapter whose tensors have other shapes than base and configuration ask for.
+
+    Raises:
+        AdapterMismatchError: Naming the first tensor that differs, and what the difference looks like.
+    """
+    known = files.optional | files.expected
+    wrong = [k for k, t in sorted(files.tensors.items()) if k in known and known[k] != t.shape]
+    if wrong:
+        key = wrong[0]
+        raise AdapterMismatchError(
+            f"adapter {name!r} does not fit the base: {key} is {files.tensors[key].shape}, this base and the adapter's "
+            f"configuration need {known[key]}. {_what_differs(files, wrong, known)}"
+        )
+
+
+def _what_differs(files: AdapterFiles, wrong: list[str], known: dict[str, Shape]) -> str:
+    pairs = [(files.tensors[k].shape, known[k]) for k in wrong]
+    if all(got == want[::-1] for got, want in pairs):
+        return f"The {len(wrong)} tensors that differ are transposed; write them the other way round."
+    ranks = {_rank(k, files.tensors[k].shape) for k in wrong} - {0}
+    wanted = {_rank(k, known[k]) for k in wrong} - {0}
+    width = all(_without_rank(k, got) == _without_rank(k, want) for k, (got, want) in zip(wrong, pairs, strict=True))
+    if width and len(ranks) == len(wanted) == 1:
+        return (
+            f"Its {len(wrong)} tensors have rank {ranks.pop()}, its configuration says {wanted.pop()} "
+            "(r or rank_pattern): correct the configuration."
+        )
+    if all(
+        re.search("embed|lm_head|wte", k) and got[1:] == want[1:] for k, (got, want) in zip(wrong, pairs, strict=True)
+    ):
+        rows = pairs[0][0][0]
+        return f"Its vocabulary has {rows} entries: resize the base's embeddings to {rows} before loading it."
+    return "Was it trained on another base, or was its rank edited?"
+
+
+def _rank(key: str, shape: Shape) -> int:
+    """Return the rank that a LoRA factor's shape shows, 0 for other tensors."""
+    if len(shape) != 2:
+        return 0
+    if re.search(r"lora_(A|embedding_A)\b", key):
+        return shape[0]
+    return shape[1] if re.search(r"lora_(B|embedding_B)\b", key) else 0
+
+
+def _without_rank(key: str, shape: Shape) -> Shape:
+    if not _rank(key, shape):
+        return shape
+    return shape[1:] if re.search(r"lora_(A|embedding_A)\b", key) else shape[:1]
+
+
+def module_of(key: str) -> str:
+    """Return the module that a tensor belongs to."""
+    return _LEAF.sub("", key)
+
+
+def leaf_of(key: str) -> str:
+    """Return what kind of tensor it is: ``"lora_B"``."""
+    found = _LEAF.search(key)
+    return found.group(0).strip(".").removesuffix(".weight") if found else key.rsplit(".", 1)[-1]
+
+
+def is_float(tensor: npt.NDArray[Any]) -> bool:
+    """Whether a tensor holds numbers that can be NaN."""
+    return bool(np.issubdtype(tensor.dtype, np.floating))
