@@ -64,6 +64,9 @@ class AdapterSpec:
         perm: How a program wants the axes ordered; a session transposes once, when it loads the adapter. Empty: as they are.
         scaled_by: Name of the scaling that a session multiplies into this tensor when it loads the adapter; empty: none.
         bound: Whether the graph has this input; false for a scaling that a program has folded into a tensor.
+        joined: Name of the program's input that this tensor is a part of, parts following one another along the rank; empty: it
+            is an input itself.
+        columns: For a part of a joined input with its ranks on a diagonal: its first column and the columns of the whole.
 
     Name and shape always are those of the adapter's own file, so that one adapter fits a graph and its programs alike.
     """
@@ -74,6 +77,8 @@ class AdapterSpec:
     perm: tuple[int, ...] = ()
     scaled_by: str = ""
     bound: bool = True
+    joined: str = ""
+    columns: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,14 @@ class Manifest:
             raise ArtifactError(f"{path} has format {version}, this version reads {FORMAT_VERSION}; export again.")
         content["states"] = tuple(StateSpec(s["name"], tuple(s["shape"]), s["dtype"]) for s in content["states"])
         content["adapter"] = tuple(
-            AdapterSpec(**{**a, "shape": tuple(a["shape"]), "perm": tuple(a.get("perm", ()))})
+            AdapterSpec(
+                **{
+                    **a,
+                    "shape": tuple(a["shape"]),
+                    "perm": tuple(a.get("perm", ())),
+                    "columns": tuple(a.get("columns", ())),
+                }
+            )
             for a in content["adapter"]
         )
         return cls(**content)

@@ -6,8 +6,10 @@ can do once, when it loads the adapter. These passes take the work out of the gr
 become fields of the manifest's ``AdapterSpec``.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -15,6 +17,7 @@ from QEfficient.contract import RETAINED, AdapterSpec
 
 _PERM = "QEfficient.perm"
 _SCALED_BY = "QEfficient.scaled_by"
+_PARTS = "QEfficient.parts"
 
 
 class DropAdapterOutputs:
@@ -118,18 +121,39 @@ class FoldAdapterScaling:
         return weight if alone and _SCALED_BY not in weight.metadata_props else None
 
 
+def note_parts(value: ir.Value, parts: Sequence[tuple[ir.Value, tuple[int, ...]]]) -> None:
+    """Note that the input ``value`` is made of other adapter inputs.
+
+    Args:
+        value: The joined input.
+        parts: Each part with its place, as ``AdapterSpec.columns`` has it.
+    """
+    noted = [
+        [part.name, part.metadata_props.get(_PERM, ""), part.metadata_props.get(_SCALED_BY, ""), columns]
+        for part, columns in parts
+    ]
+    value.metadata_props[_PARTS] = json.dumps(noted)
+
+
+def drop_unused_parts(model: ir.Model) -> None:
+    """Remove adapter inputs that are parts of others now."""
+    parts = {part[0] for value in model.graph.inputs for part in json.loads(value.metadata_props.get(_PARTS, "[]"))}
+    for value in [v for v in model.graph.inputs if v.name in parts]:
+        model.graph.inputs.remove(value)
+
+
 def lowered_specs(model: ir.Model, specs: Sequence[AdapterSpec]) -> tuple[AdapterSpec, ...]:
     """Return ``specs`` with what the passes noted at the inputs of ``model``."""
-    inputs = {value.name: value for value in model.graph.inputs}
-    lowered = []
-    for spec in specs:
-        value = inputs.get(spec.name)
-        if value is None:
-            lowered.append(replace(spec, bound=False))
-            continue
-        perm = tuple(int(i) for i in value.metadata_props.get(_PERM, "").split(",") if i)
-        lowered.append(replace(spec, perm=perm, scaled_by=value.metadata_props.get(_SCALED_BY, "")))
-    return tuple(lowered)
+    notes: dict[str, dict[str, Any]] = {}
+    for value in model.graph.inputs:
+        notes[str(value.name)] = _note(value.metadata_props.get(_PERM, ""), value.metadata_props.get(_SCALED_BY, ""))
+        for name, perm, scaled_by, columns in json.loads(value.metadata_props.get(_PARTS, "[]")):
+            notes[name] = {**_note(perm, scaled_by), "joined": str(value.name), "columns": tuple(columns)}
+    return tuple(replace(spec, **notes.get(spec.name, {"bound": False})) for spec in specs)
+
+
+def _note(perm: str, scaled_by: str) -> dict[str, Any]:
+    return {"perm": tuple(int(i) for i in perm.split(",") if i), "scaled_by": scaled_by}
 
 
 def _is_passed_through(out: ir.Value) -> bool:

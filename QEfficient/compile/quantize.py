@@ -28,6 +28,7 @@ ROUTERS = ("*router*", "*.mlp.gate.weight")
 ACCURACY_LEVEL = 4
 """The kernel's name for: activations as 8-bit blocks too, products of integers."""
 
+_RECENT = 3  # queries, keys and values may be stored together
 _CHUNK_ELEMENTS = 1 << 22
 _FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
@@ -72,7 +73,7 @@ class QuantizeWeights:
     def __init__(self, precision: Precision) -> None:
         self.precision = precision
         self.errors: dict[str, dict[str, float]] = {}
-        self._last: tuple[_Weight, Blocks] | None = None
+        self._recent: dict[str, Blocks] = {}
 
     def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
         """Replace every match in ``model``; return it, and whether there was one.
@@ -136,13 +137,15 @@ class QuantizeWeights:
         return _Quantized(data, scales, zeros, bits)
 
     def _blocks(self, weight: "_Weight") -> Blocks:
-        """Quantise a weight, rows by rows; the last one is kept, because its parts are asked for one by one."""
-        if self._last is None or self._last[0] is not weight:
-            self._last = None
+        """Quantise a weight, rows by rows; a few are kept, because their parts are asked for one by one."""
+        key = f"{weight.name} {weight.by_column}"
+        if key not in self._recent:
+            while len(self._recent) >= _RECENT:
+                del self._recent[next(iter(self._recent))]
             blocks, error = weight.quantize(self.precision)
             self.errors[weight.name] = {"bits": weight.bits, "error": error}
-            self._last = weight, blocks
-        return self._last[1]
+            self._recent[key] = blocks
+        return self._recent[key]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
 from QEfficient.compile.attention import FuseCacheAttention
 from QEfficient.compile.heads import FoldHeadSplits
+from QEfficient.compile.join import JoinAttentionProjections
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
@@ -85,6 +86,7 @@ class OnnxRuntime:
             model, _ = rewrite.apply(model)
         quantized = QuantizeWeights(precision)
         model, changed = quantized.apply(model)
+        model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
         # Without the large weights, the graph's own file is not worth keeping for the rest.
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)

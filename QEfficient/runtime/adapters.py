@@ -46,8 +46,9 @@ def validate(name: str, tensors: Mapping[str, Array], specs: Sequence[AdapterSpe
 
 
 def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[str, Array]:
-    """Return what to bind: transposed and scaled where the program asks for it, contiguous, ours to keep."""
-    placed = {}
+    """Return what to bind: transposed, scaled and joined where the program asks for it, contiguous, ours to keep."""
+    placed: dict[str, Array] = {}
+    parts: dict[str, list[tuple[Array, tuple[int, ...]]]] = {}
     for spec in specs:
         if not spec.bound:
             continue
@@ -56,10 +57,27 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
             tensor = tensor * tensors[spec.scaled_by]
         if spec.perm:
             tensor = tensor.transpose(spec.perm)
+        if spec.joined:
+            parts.setdefault(spec.joined, []).append((tensor, spec.columns))
+            continue
         # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
         copy = tensor.flags.writeable and tensor is tensors[spec.name]
         placed[spec.name] = np.array(tensor, dtype=spec.dtype, order="C", copy=True if copy else None, ndmin=0)
-    return placed
+    return placed | {name: _join(tensors) for name, tensors in parts.items()}
+
+
+def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
+    """Put parts ``(…, in, r)`` side by side, or parts ``(…, r, out)`` on a diagonal of the columns they name."""
+    first, columns = parts[0]
+    if not columns:
+        return np.ascontiguousarray(np.concatenate([tensor for tensor, _ in parts], axis=-1))
+    ranks = sum(tensor.shape[-2] for tensor, _ in parts)
+    whole = np.zeros((*first.shape[:-2], ranks, columns[1]), first.dtype)
+    row = 0
+    for tensor, (start, _) in parts:
+        whole[..., row : row + tensor.shape[-2], start : start + tensor.shape[-1]] = tensor
+        row += tensor.shape[-2]
+    return whole
 
 
 def neutral_tensors(specs: Sequence[AdapterSpec], file: Path) -> dict[str, Array]:
