@@ -4,7 +4,9 @@
 The three fine-tuning functions are importable from here; they load PyTorch when first called, not with ``--help``.
 """
 
+import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -47,12 +49,16 @@ def main(**kwargs: Any) -> dict[str, float]:
         **kwargs: Fields of :class:`TrainConfig`; ``config=FILE`` reads others from a file.
 
     Returns:
-        The metrics of :func:`QEfficient.finetune.train.train`.
+        The metrics of :func:`QEfficient.finetune.train.train`; with ``test``, its exit code as ``test_exit_code``.
 
     Raises:
         ConfigError: An option is unknown (with a suggestion), has a wrong value, or contradicts another.
     """
-    return _finetune(resolve("finetune", **kwargs))
+    config = resolve("finetune", **kwargs)
+    metrics = _finetune(config)
+    if config.test and _speaks():
+        metrics["test_exit_code"] = float(_tested(config))
+    return metrics
 
 
 def command(argv: Sequence[str]) -> int:
@@ -67,12 +73,33 @@ def command(argv: Sequence[str]) -> int:
     except Interrupted as e:
         print(e, file=sys.stderr)
         return e.exit_code
-    print(f"{metrics['train_seconds']:.0f} s, {metrics['train_tokens_per_second']:,.0f} tokens/s", end="")
-    print(f", loss {metrics['train_loss']:.3f}", end="")
-    if "perplexity" in metrics:
-        print(f", perplexity {metrics['perplexity_before']:,.3g} → {metrics['perplexity']:,.3g}", end="")
-    print(f"\nsaved {config.output_dir}")
-    return 0
+    if not _speaks():
+        return 0
+    _print_summary(config, metrics)
+    return _tested(config) if config.test else 0
+
+
+def _print_summary(config: TrainConfig, metrics: dict[str, float]) -> None:
+    from QEfficient.finetune.summary import HTML_FILE, lines
+    from QEfficient.finetune.train import LOG_FILE
+
+    log = config.output_dir / LOG_FILE
+    print("\n".join(lines(metrics, json.loads(log.read_text(encoding="utf-8")) if config.save_metrics else [])))
+    print(f"saved {config.output_dir}" + (f", summary in {HTML_FILE}" if config.save_metrics else ""), flush=True)
+
+
+def _tested(config: TrainConfig) -> int:
+    """Hold the adapter against its base; return the exit code of ``qefficient test``."""
+    from QEfficient.cloud import test
+
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", config.output_dir.name).strip("-") or "adapter"
+    report = config.output_dir.with_name(f"{config.output_dir.name}.report")
+    return test.command([config.model_name, f"--adapter={name}={config.output_dir}", f"--report={report}"])
+
+
+def _speaks() -> bool:
+    """Tell whether this process, of several, is the one that prints."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _finetune(config: TrainConfig) -> dict[str, float]:
@@ -92,7 +119,7 @@ def _finetune(config: TrainConfig) -> dict[str, float]:
     model = apply_peft(base, config)
     trained, total = count_parameters(model)
     said = [f"{len(sets.train):,} examples", *([f"{len(sets.val):,} to validate"] if sets.val else []), *sets.notes]
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _speaks():
         print(f"{config.model_name}: {trained:,} of {total:,} parameters to train ({trained / total:.2%})", flush=True)
         print(", ".join(said), flush=True)
         if config.show_example:

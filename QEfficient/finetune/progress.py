@@ -95,6 +95,7 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = 0
+        self._heard = 0  # by this process; the others may not know yet
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -113,10 +114,10 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint; processes agree, because the signal may reach them in different steps."""
+        asked = torch.tensor([self._heard], device=args.device)
         if args.world_size > 1:
-            asked = torch.tensor([self.stopped], device=args.device)
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-            self.stopped = int(asked.item())
+        self.stopped = int(asked.item())
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = True
 
@@ -126,6 +127,6 @@ class StopCallback(TrainerCallback):
             control.should_training_stop = True
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        if self.stopped:
+        if self._heard:
             raise KeyboardInterrupt
-        self.stopped = number
+        self._heard = number

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.config import TrainConfig
-from QEfficient.finetune.data import IGNORED, Example, StreamedExamples, held_out, to_examples, unseen
+from QEfficient.finetune.data import Example, StreamedExamples, held_out, to_examples, unseen
 from QEfficient.finetune.formats import Row
 from QEfficient.finetune.sources import preprocessed, read_dataset, read_file
 
@@ -26,7 +26,7 @@ def load_sets(config: TrainConfig, tokenizer: Any) -> Sets:
     """Read the data of a training; nothing that is trained on is validated on.
 
     Raises:
-        ConfigError: The data cannot be read, a row is broken, or nothing is learned from any.
+        ConfigError: The data cannot be read, or a row is broken.
     """
     options: dict[str, Any] = {"context_length": config.context_length, "data_format": config.data_format}
     if config.streaming:
@@ -44,7 +44,9 @@ def load_sets(config: TrainConfig, tokenizer: Any) -> Sets:
             raise ConfigError(f"all {len(val):,} validation examples are training data, too: name others")
         if len(sets.val) < len(val):
             sets.notes.append(f"{len(val) - len(sets.val):,} validation examples are training data, too: left out")
-    _add_notes(sets, config.context_length)
+    cut = sum(e.cut for e in sets.train)
+    if cut:
+        sets.notes.append(f"{cut:,} cut to {config.context_length} tokens")
     return sets
 
 
@@ -56,16 +58,3 @@ def _read(
     if config.preprocess:
         rows = preprocessed(rows, config.preprocess)
     return to_examples(rows, source, tokenizer, **options)
-
-
-def _add_notes(sets: Sets, context_length: int) -> None:
-    """Say what was cut; drop examples of which nothing is left to learn, and say that."""
-    kept = [e for e in sets.train if any(label != IGNORED for label in e.labels[1:])]
-    if not kept:
-        raise ConfigError(f"context_length {context_length} leaves nothing to learn of any example")
-    if len(kept) < len(sets.train):
-        sets.notes.append(f"{len(sets.train) - len(kept):,} examples left out: nothing of them is learned")
-    sets.train = kept
-    cut = sum(e.cut for e in sets.train)
-    if cut:
-        sets.notes.append(f"{cut:,} cut to {context_length} tokens")

@@ -14,13 +14,14 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback
 
-from QEfficient.errors import ConfigError
+from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.finetune import checkpoints
 from QEfficient.finetune.batches import Collator, Rows
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
 from QEfficient.finetune.data import Example, digest
 from QEfficient.finetune.model import count_parameters
 from QEfficient.finetune.progress import ProgressCallback, StopCallback
+from QEfficient.finetune.summary import write_summary
 from QEfficient.finetune.trainer import AdapterTrainer, evaluate, per_step, perplexity
 from QEfficient.store import written_aside
 
@@ -109,6 +110,30 @@ def refuse_leftovers(config: TrainConfig) -> None:
         )
 
 
+def check_packing(model: Any, rows: Rows, collator: Collator) -> None:
+    """Compare a packed row with its examples apart: not every model and PEFT method keeps them apart by position.
+
+    Raises:
+        UnsupportedError: The losses differ.
+    """
+    row = max((rows[i] for i in range(min(rows.real, 50))), key=len)
+    was_training = model.training
+    model.eval()
+
+    def loss(examples: list[Example]) -> float:
+        batch = {name: t.to(model.device) for name, t in collator([examples]).items() if name != "attention_mask"}
+        return float(model(**batch, use_cache=False, num_items_in_batch=1).loss)
+
+    with torch.inference_mode():
+        together, apart = loss(row), sum(loss([e]) for e in row)
+    model.train(was_training)
+    if abs(together - apart) > 1e-2 * abs(apart):
+        raise UnsupportedError(
+            f"packed examples see each other in {type(model).__name__}: their loss is {together:.4g} together "
+            f"and {apart:.4g} apart. Leave --packing out"
+        )
+
+
 def _prepared(
     config: TrainConfig,
     model: Any,
@@ -120,6 +145,8 @@ def _prepared(
     """Return the trainer, and the checkpoint to go on from."""
     rows = Rows(train_set, per_step(config), context_length=config.context_length if config.packing else 0)
     collator = Collator(tokenizer.pad_token_id, packed=config.packing)
+    if config.packing:
+        check_packing(model, rows, collator)
     root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))
     checkpoint = None
     if config.resume:
@@ -168,6 +195,7 @@ def _measured(trainer: AdapterTrainer, model: Any) -> dict[str, float]:
         "trained_parameters": float(trained),
         "parameters": float(total),
         "peak_memory_bytes": float(peak_memory_bytes()),
+        "processes": float(trainer.args.world_size),
     }
 
 
@@ -192,6 +220,8 @@ def _write(
     if config.save_metrics:
         (folder / METRICS_FILE).write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
         (folder / LOG_FILE).write_text(json.dumps(history) + "\n", encoding="utf-8")
+        peft_type = model.peft_config[model.active_adapter].peft_type if config.use_peft else "full"
+        write_summary(folder, config, metrics, history, str(getattr(peft_type, "value", peft_type)))
 
 
 @contextmanager

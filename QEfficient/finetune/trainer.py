@@ -203,6 +203,7 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
         save_strategy="steps" if saving else "no",
         save_steps=saving or 1,
         report_to=config.report_to or "none",
+        use_cpu=not torch.accelerator.is_available(),  # unless told, accelerate does not see other processes on CPUs
         disable_tqdm=True,
         remove_unused_columns=False,
         include_num_input_tokens_seen="non_padding",

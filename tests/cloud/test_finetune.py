@@ -95,6 +95,31 @@ def test_cut_examples_are_reported(needed: dict[str, Any], capsys: pytest.Captur
     assert "8 examples, 1 cut to 16 tokens" in capsys.readouterr().out
 
 
+def test_an_example_is_shown_before_training(needed: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """What is masked and what is learned can be seen; it can be switched off."""
+    finetune.main(**needed)
+    assert "<s>a⟦b</s>⟧" in capsys.readouterr().out
+    finetune.main(**needed, show_example=False, overwrite=True)
+    assert "⟦" not in capsys.readouterr().out
+
+
+def test_the_verdict_follows_the_training(
+    needed: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With --test the adapter is held against its base, and the exit code is that of the test."""
+    asked: list[Any] = []
+
+    def verdict(argv: Any) -> int:
+        asked.append(argv)
+        return 1
+
+    monkeypatch.setattr("QEfficient.cloud.test.command", verdict)
+    assert qefficient(["finetune", *arguments(needed), "--test"]) == 1
+    out = needed["output_dir"]
+    assert asked == [[needed["model_name"], f"--adapter=out={out}", f"--report={out}.report"]]
+    assert finetune.main(**{**needed, "overwrite": True, "test": True})["test_exit_code"] == 1
+
+
 def test_full_fine_tuning_saves_a_model(needed: dict[str, Any], tmp_path: Path) -> None:
     """Without PEFT the base itself is trained, and its config still allows a cache."""
     finetune.main(**{**needed, "lora_r": None}, use_peft=False)
