@@ -8,6 +8,7 @@ from pathlib import Path
 
 from QEfficient.cloud.__main__ import run
 from QEfficient.cloud.test import parse_adapters
+from QEfficient.contract import ADAPTERS_DIR, MODEL_FILE
 from QEfficient.options import option, parse
 
 
@@ -31,13 +32,12 @@ def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parse(Options, argv, prog="qefficient export")
     adapters = parse_adapters(options.adapter)
-    from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
+    from QEfficient.peft.unloaded import export_adapters
 
-    model = QEffAutoPeftModelForCausalLM.from_base(options.base, adapters)
-    path = model.export(options.output, logits=options.logits)
-    print(f"graph:    {path}")
+    folder = export_adapters(options.base, adapters, options.output, logits=options.logits)
+    print(f"graph:    {folder / MODEL_FILE}")
     for name in adapters:
-        written = path.parent / "adapters" / f"{name}.safetensors"
+        written = folder / ADAPTERS_DIR / f"{name}.safetensors"
         print(f"adapter:  {name}: {written if written.is_file() else 'does not fit this graph; export it on its own'}")
     return 0
 

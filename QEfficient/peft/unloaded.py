@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Export without loading the base: its configuration, and where its files keep what, are enough for most adapters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from QEfficient.contract import Manifest
+from QEfficient.errors import AdapterMismatchError, ConfigError
+from QEfficient.export.lift import Lifted, inner_model, lift
+from QEfficient.export.torch_to_onnx import export_graph
+from QEfficient.export.weights import Checkpoint
+from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
+from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
+from QEfficient.peft.loading import checkpoint_folder
+from QEfficient.store import cache_root
+
+
+def export_adapters(
+    base: str | Path, adapters: Mapping[str, str | Path], destination: Path | None = None, *, logits: str = "last"
+) -> Path:
+    """Export a base with adapters; the graph takes the first one's structure. Return the graph's folder.
+
+    Where the base lies in safetensors files and the adapters bring all their tensors (LoRA does), no weight is loaded: a
+    base far larger than memory can be exported. Otherwise the base is loaded.
+
+    Args:
+        base: Folder or Hub id.
+        adapters: Folders or Hub ids, by name.
+        destination: Folder name without the hash; default: in the cache of exported graphs.
+        logits: ``"last"`` or ``"all"``.
+
+    Raises:
+        QEffError: As :meth:`QEffAutoPeftModelForCausalLM.from_base` and its ``export``.
+    """
+    read = {check_name(name): Adapter.load(path, name) for name, path in adapters.items()}
+    found = checkpoint_folder(base)
+    skeleton = _skeleton(base, read) if found is not None and read else None
+    if found is None or skeleton is None:
+        loaded = QEffAutoPeftModelForCausalLM.from_base(base, adapters)
+        return loaded.export(destination, logits=logits).parent
+    architecture = type(inner_model(skeleton)).__name__
+    target = destination or cache_root() / architecture / architecture
+    folder = export_graph(skeleton, target, adapter_name=next(iter(read)), checkpoint=Checkpoint(found), logits=logits)
+    manifest = Manifest.read(folder)
+    for name, adapter in read.items():
+        whole = Adapter(name, adapter.config, adapter.tensors, lift(skeleton, name).scalings)
+        try:
+            fit(whole, manifest)
+        except AdapterMismatchError:
+            continue  # it needs a graph of its own
+        write_exported(whole, folder)
+    return folder
+
+
+def _skeleton(base: str | Path, adapters: Mapping[str, Adapter]) -> PeftModel | None:
+    """Return base and adapters without memory; ``None`` if an adapter's file does not bring all that the graph takes."""
+    try:
+        config = AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
+    model.tie_weights()
+    peft_model: PeftModel | None = None
+    for name, adapter in adapters.items():
+        if peft_model is None:
+            peft_model = PeftModel(model, adapter.config, adapter_name=name, low_cpu_mem_usage=True)
+        else:
+            peft_model.add_adapter(name, adapter.config, low_cpu_mem_usage=True)
+    if peft_model is None:
+        return None
+    for name, adapter in adapters.items():
+        lifted = lift(peft_model, name)
+        if lifted.rank_axes.keys() != lifted.adapter.keys():
+            return None
+        _check(adapter, lifted)
+    return peft_model
+
+
+def _check(adapter: Adapter, lifted: Lifted) -> None:
+    """Hold an adapter's file against the modules that its configuration puts on this base."""
+    for name in sorted(lifted.adapter.keys() | adapter.tensors.keys()):
+        have, want = adapter.tensors.get(name), lifted.adapter.get(name)
+        given = "nothing" if have is None else list(have.shape)
+        wanted = "nothing" if want is None else list(want.shape)
+        if given != wanted:
+            raise AdapterMismatchError(
+                f"adapter {adapter.name!r} does not fit the base: its file has {given} for {name}, the base takes {wanted}"
+            )
