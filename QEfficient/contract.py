@@ -37,6 +37,10 @@ BASE = "base"
 ONE_ROW_CHUNKS = "one_row_chunks"
 """Manifest option of a program: a call of several tokens behind earlier ones takes one row. A session splits such calls."""
 
+ONE_TOKEN = "one_token"
+"""Manifest option of a graph or program: a call takes one token of each row, and every row has one, since each token changes
+a recurrent state. A session splits calls. A row whose position is 0 begins with an empty state."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:

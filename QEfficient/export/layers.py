@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from QEfficient.export.attention import ShapeCache
+from QEfficient.export.caches import ShapeCache
 
 DOMAIN = "qeff"
 _INDEX = ("layer_idx", "layer_id", "layer_index")

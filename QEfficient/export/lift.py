@@ -90,6 +90,9 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
     if adapter_name is not None:
         _lift_entries(inner, adapter_name, saved, lifted)
         lifted.rank_axes = _rank_axes(lifted.adapter)
+        for path, name in lifted.sites.items():
+            if name in lifted.rank_axes and _is_stacked(inner, path):
+                del lifted.rank_axes[name]
     return lifted
 
 
@@ -161,6 +164,11 @@ def _lift_entries(inner: nn.Module, adapter_name: str, saved: dict[Any, str], li
             else:
                 continue
             lifted.entries[name] = (path, attribute)
+
+
+def _is_stacked(inner: nn.Module, path: str) -> bool:
+    """Return whether a LoRA factor holds those of several experts in one dimension: it then is not the rank alone."""
+    return getattr(inner.get_submodule(path[: path.index(".lora_")]), "num_experts", 1) > 1
 
 
 def _rank_axes(adapter: dict[str, torch.Tensor]) -> dict[str, int]:

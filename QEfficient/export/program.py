@@ -13,9 +13,11 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from QEfficient.contract import RETAINED, StateSpec
 from QEfficient.errors import UnsupportedError
-from QEfficient.export.attention import EAGER_ATTENTION, ONNX_ATTENTION, GraphCache, ShapeCache, tracing
+from QEfficient.export.attention import EAGER_ATTENTION, ONNX_ATTENTION, tracing
+from QEfficient.export.caches import RECURRENT, GraphCache, Shape, ShapeCache
 from QEfficient.export.layers import Layer, Learning, Marking, find_layers
 from QEfficient.export.lift import Lifted
+from QEfficient.export.positions import RowPositions
 from QEfficient.export.repairs import Repairs
 
 # Sizes of the example inputs. They leave no trace in the graph, as long as none is 0 or 1 and no two are equal.
@@ -37,7 +39,9 @@ class Program(nn.Module):
         self.inner = inner
         self.lifted, self.adapter_name, self.keep_all = lifted, adapter_name, keep_all
         self.accepts = inspect.signature(inner.forward).parameters
-        self.shapes: dict[int, Any] = {}
+        # A model that numbers its tokens by what they are is not given positions: its numbers may begin elsewhere.
+        self.counts = any(hasattr(m, "create_position_ids_from_input_ids") for m in inner.modules())
+        self.shapes: dict[int, dict[str, Shape]] = {}
         self.followers: list[tuple[Layer, Layer]] = []
         self.names = [*lifted.base, *lifted.adapter, *lifted.scalings]
         self.sites = _distinct(inner, lifted.sites)
@@ -46,12 +50,17 @@ class Program(nn.Module):
         self, input_ids: Tensor, position_ids: Tensor, states: list[Tensor], tensors: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
         """Run the model on a cache made of ``states``, followers replaced by marks."""
-        with tracing(position_ids, states[0].shape[2]) as call:
-            pairs = zip(states[0::2], states[1::2], strict=True)
-            cache = GraphCache(dict(zip(self.traced, pairs, strict=True)), call.write_index)
+        specs = self.states_of(self.traced)
+        lengths = [
+            t.shape[s.shape.index("ctx_len")] for t, s in zip(states, specs, strict=True) if "ctx_len" in s.shape
+        ]
+        context = lengths[0] if lengths else None
+        with tracing(position_ids, context) as call:
+            named = {spec.name: state for spec, state in zip(specs, states, strict=True)}
+            cache = GraphCache(named, call.write_index, context)
             with Marking(self.followers):
                 logits = self.run(input_ids, position_ids, cache, tensors)
-        return logits, [t for layer in self.traced for t in cache.states[layer]]
+        return logits, [cache.states[spec.name] for spec in specs]
 
     def run(self, input_ids: Tensor, position_ids: Tensor, cache: Any, tensors: Sequence[Tensor]) -> Tensor:
         """Call the model with every tensor replaced, and return its logits."""
@@ -59,11 +68,12 @@ class Program(nn.Module):
         for name, (path, attribute) in self.lifted.entries.items():
             if name in named:
                 vars(self.inner.get_submodule(path))[attribute][self.adapter_name] = named[name]
-        kwargs: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True}
-        if "position_ids" in self.accepts:
+        holder = "past_key_values" if "past_key_values" in self.accepts else "cache_params"
+        kwargs: dict[str, Any] = {"input_ids": input_ids, holder: cache, "use_cache": True}
+        if "position_ids" in self.accepts and not self.counts:
             kwargs["position_ids"] = position_ids.clamp(min=0)
         replaced = {path: named[name] for path, name in self.sites.items() if name in named}
-        with self._last_token_only(position_ids), Repairs():
+        with self._last_token_only(position_ids), Repairs(), RowPositions(position_ids[:, 0].clamp(min=0)):
             out = torch.func.functional_call(self.inner, replaced, (), kwargs, tie_weights=False)
         return out.logits  # type: ignore[no-any-return]
 
@@ -79,12 +89,15 @@ class Program(nn.Module):
         return [index for index in self.cached if index not in followers]
 
     def states_of(self, indexes: Sequence[int]) -> tuple[StateSpec, ...]:
-        """Return the cache tensors of layers."""
-        specs = []
-        for index in indexes:
-            for name, (_, heads, _, size) in zip(("past_key", "past_value"), self.shapes[index], strict=True):
-                specs.append(StateSpec(f"{name}.{index}", ("batch_size", heads, "ctx_len", size)))
-        return tuple(specs)
+        """Return the states of layers."""
+        return tuple(
+            StateSpec(f"{kind}.{index}", shape) for index in indexes for kind, shape in self.shapes[index].items()
+        )
+
+    @property
+    def one_token(self) -> bool:
+        """Whether a call takes one token: a state changes with every token."""
+        return any(kind.startswith(RECURRENT) for kinds in self.shapes.values() for kind in kinds)
 
     def own(self) -> dict[str, dict[str, str]]:
         """Return, for each follower's path: its template's inputs and outputs -> its own."""
@@ -98,7 +111,7 @@ class Program(nn.Module):
                 for path, name in sites.items()
                 if path.startswith(start)
             }
-            for kind in ("past_key", "past_value"):
+            for kind in self.shapes[layer.index]:
                 for end in ("", RETAINED):
                     own[f"{kind}.{template.index}{end}"] = f"{kind}.{layer.index}{end}"
             found[layer.path] = own
@@ -145,6 +158,7 @@ class Fakes:
         with self.mode:
             self.ids = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
             self.positions = torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64)
+            self.one_id, self.one_position = (torch.zeros(_BATCH, 1, dtype=torch.int64) for _ in range(2))
         self._made: dict[str, Tensor] = {}
 
     def tensors(self, program: Program) -> list[Tensor]:
@@ -183,7 +197,7 @@ def learn(program: Program, fakes: Fakes) -> None:
     with fakes.mode, tracing(fakes.positions, _SEQUENCE) as call, learning:
         program.run(fakes.ids, fakes.positions, cache, fakes.tensors(program))
     if not cache.shapes:
-        raise UnsupportedError(f"{type(program.inner).__name__} keeps no key/value cache that can be exported")
+        raise UnsupportedError(f"{type(program.inner).__name__} keeps no cache that can be exported")
     if call.attention_nodes < cache.updates:
         _set_attention(program.inner, EAGER_ATTENTION)
     program.shapes, program.followers = cache.shapes, learning.followers
@@ -195,6 +209,7 @@ def _set_attention(inner: nn.Module, implementation: str) -> None:
         config = getattr(module, "config", None)
         if config is not None and hasattr(config, "_attn_implementation"):
             config._attn_implementation = implementation
+            config._experts_implementation = "batched_mm"  # computes only the chosen experts, without a loop over them
 
 
 def _distinct(inner: nn.Module, sites: dict[str, str]) -> dict[str, str]:

@@ -53,11 +53,19 @@ def scatter_dense(indices: Tensor, values: Tensor, size: Any = None, **_: Any) -
     )
 
 
+def view(tensor: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
+    """Return ``tensor.reshape``: how a tensor lies in memory is nothing that a graph knows."""
+    if kwargs or isinstance(shape[0], torch.dtype):
+        return tensor.view(*shape, **kwargs)
+    return tensor.reshape(*shape)
+
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: torch.detach,  # a traced tensor has no data of its own
     torch.linalg.solve: solve,
     torch.linalg.inv: inverse,
     torch.inverse: inverse,
     torch.sparse_coo_tensor: scatter_dense,
+    torch.Tensor.view: view,
     torch.Tensor.to_dense: lambda tensor, *_, **__: tensor,
 }

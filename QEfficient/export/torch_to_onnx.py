@@ -15,7 +15,7 @@ import xxhash
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, Manifest
+from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
 from QEfficient.errors import ArtifactError, ConfigError
 from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain
 from QEfficient.export.skeleton import skeleton_of
@@ -80,7 +80,8 @@ def export_graph(
         if neutral is not None and (values := neutral()):
             save_file(dict(values), str(aside / NEUTRAL_FILE))
         files = {p.name: record_file(p) for p in sorted(aside.iterdir())}
-        replace(manifest, states=traced.states, adapter=traced.adapter, files=files).write(aside)
+        options = manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
+        replace(manifest, states=traced.states, adapter=traced.adapter, files=files, options=options).write(aside)
     return folder
 
 

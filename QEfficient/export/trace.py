@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from QEfficient.contract import INPUT_IDS, LOGITS, POSITION_IDS, RETAINED, AdapterSpec, StateSpec
 from QEfficient.errors import UnsupportedError
 from QEfficient.export.attention import OPSET
+from QEfficient.export.guards import check_sizes
 from QEfficient.export.layers import stamp
 from QEfficient.export.lift import Lifted, inner_model
 from QEfficient.export.program import Fakes, Program, learn
@@ -29,12 +30,14 @@ class Traced:
         states: Cache tensors, in order.
         adapter: Adapter tensors and scalings, in order.
         base: Names of the base tensors, in order.
+        one_token: Whether a call takes one token.
     """
 
     model: ir.Model
     states: tuple[StateSpec, ...]
     adapter: tuple[AdapterSpec, ...]
     base: tuple[str, ...]
+    one_token: bool
 
 
 def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logits: str) -> Traced:
@@ -65,19 +68,25 @@ def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logi
     adapter += tuple(AdapterSpec(name, ()) for name in lifted.scalings)
     base = tuple(lifted.base)
     _order_ends(model, [INPUT_IDS, POSITION_IDS, *(s.name for s in states), *base, *(a.name for a in adapter)], states)
-    _name_dimensions(model, adapter)
-    return Traced(model, states, adapter, base)
+    _name_dimensions(model, states, adapter)
+    return Traced(model, states, adapter, base, program.one_token)
 
 
 def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
     batch, sequence, context = (torch.export.Dim(n) for n in ("batch_size", "seq_len", "ctx_len"))
     specs = program.states_of(program.traced)
-    ids = {0: batch, 1: sequence}
+    ids = {0: batch} if program.one_token else {0: batch, 1: sequence}
     axes = program.lifted.rank_axes
     ranks = [{axes[name]: torch.export.Dim.DYNAMIC} if name in axes else {} for name in program.names]
-    shapes = (ids, ids, [{0: batch, 2: context} for _ in specs], ranks)
-    args = (fakes.ids, fakes.positions, fakes.states(specs), fakes.tensors(program))
-    exported = torch.export.export(program, args, dynamic_shapes=shapes, strict=False)
+    named = {"batch_size": batch, "ctx_len": context}
+    axes_of = [{i: named[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs]
+    shapes = (ids, ids, axes_of, ranks)
+    tokens = (fakes.one_id, fakes.one_position) if program.one_token else (fakes.ids, fakes.positions)
+    args = (*tokens, fakes.states(specs), fakes.tensors(program))
+    exported = torch.export.export(
+        program, args, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+    )
+    check_sizes(exported)
     made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     return made.model  # type: ignore[union-attr]
 
@@ -103,7 +112,7 @@ def _order_ends(model: ir.Model, inputs: list[str], states: tuple[StateSpec, ...
     model.graph.outputs[:] = [made[name] for name in [LOGITS, *(s.name + RETAINED for s in states)]]
 
 
-def _name_dimensions(model: ir.Model, adapter: tuple[AdapterSpec, ...]) -> None:
+def _name_dimensions(model: ir.Model, states: tuple[StateSpec, ...], adapter: tuple[AdapterSpec, ...]) -> None:
     """Give symbolic dimensions the contract's names, in place of the tracer's ``s77``."""
     inputs = {v.name: v for v in model.graph.inputs}
     known: dict[Any, str] = {}
@@ -115,7 +124,9 @@ def _name_dimensions(model: ir.Model, adapter: tuple[AdapterSpec, ...]) -> None:
 
     learn_name(inputs[INPUT_IDS], 0, "batch_size")
     learn_name(inputs[INPUT_IDS], 1, "seq_len")
-    learn_name(model.graph.inputs[2], 2, "ctx_len")
+    for state in states:
+        if "ctx_len" in state.shape:
+            learn_name(inputs[state.name], state.shape.index("ctx_len"), "ctx_len")
     for spec in adapter:
         for axis, size in enumerate(spec.shape):
             if size == "rank":

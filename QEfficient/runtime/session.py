@@ -23,6 +23,7 @@ from QEfficient.contract import (
     MODEL_FILE,
     NEUTRAL_FILE,
     ONE_ROW_CHUNKS,
+    ONE_TOKEN,
     POSITION_IDS,
     RETAINED,
     Manifest,
@@ -114,6 +115,8 @@ class OrtSession:
             raise ArtifactError(f"ONNX Runtime cannot load {folder / MODEL_FILE}: {e}") from e
         self._lock = threading.RLock()
         self._one_row_chunks = bool(self.manifest.options.get(ONE_ROW_CHUNKS, False))
+        self._one_token = bool(self.manifest.options.get(ONE_TOKEN, False))
+        self._last: dict[int, tuple[int, Array]] = {}  # row -> position and logits of its last token, if one_token
         self._states: dict[str, Array] = {}
         self._batch_size = self._ctx_len = self._filled = 0
         base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE)
@@ -166,6 +169,7 @@ class OrtSession:
             self._states = {}
             self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
             self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
+            self._last = {}
 
     def reset(self) -> None:
         """Empty the cache: what was filled becomes zero."""
@@ -178,6 +182,7 @@ class OrtSession:
                     state = state[(slice(None),) * spec.shape.index("ctx_len") + (slice(0, self._filled),)]
                 state[...] = 0
             self._filled = 0
+            self._last = {}
 
     def run(self, input_ids: Array, position_ids: Array) -> Array:
         """Advance every row by up to ``S`` tokens.
@@ -198,6 +203,8 @@ class OrtSession:
         with self._lock:
             self._check(ids, positions)
             self._filled = max(self._filled, int(positions[:, 0].max()) + ids.shape[1])
+            if self._one_token:
+                return self._run_tokens(ids, positions)
             if self._one_row_chunks and ids.shape[0] > 1 and ids.shape[1] > 1 and positions[:, 0].any():
                 return self._run_rows(ids, positions)
             if self._active not in self._bindings:
@@ -220,6 +227,7 @@ class OrtSession:
                     filled[spec.shape.index("ctx_len")] = slice(0, self._filled)
                 view = state[tuple(filled)]
                 view[moved] = view[source[moved]]
+            self._last = {row: self._last[was] for row, was in enumerate(source.tolist()) if was in self._last}
 
     def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Make an adapter resident; one of the same name is replaced.
@@ -320,6 +328,35 @@ class OrtSession:
                 self._bind_all(row), ids[row : row + 1, :real].copy(), positions[row : row + 1, :real].copy()
             )
             logits[row, : one.shape[1]] = one[0]
+        return logits
+
+    def _run_tokens(self, ids: Array, positions: Array) -> Array:
+        """Run one column at a time; a row that has no token in it, or repeats its last one, is left alone.
+
+        Raises:
+            ConfigError: A row does not go on behind its last token, nor begins anew: its recurrent state is not there.
+        """
+        every = self.manifest.logits != "last"
+        logits = np.zeros((ids.shape[0], ids.shape[1] if every else 1, self.manifest.vocab_size), np.float32)
+        for column in range(ids.shape[1]):
+            at: list[int] = positions[:, column].tolist()
+            known = [self._last[row][0] if row in self._last else -1 for row in range(len(at))]
+            active = [row for row, p in enumerate(at) if p >= 0 and (p != known[row] or p == 0)]
+            for row in active:
+                if at[row] not in (0, known[row] + 1):
+                    raise ConfigError(
+                        f"row {row} is at position {known[row]} and cannot go to {at[row]}: its state is recurrent, so it "
+                        "goes on behind its last token or begins anew at 0"
+                    )
+            groups: list[list[int]] = [active] if len(active) == len(at) else [[row] for row in active]
+            for rows in groups:
+                binding = self._bind_all(None if len(rows) == len(at) else rows[0])
+                made = self._call(binding, ids[rows, column : column + 1], positions[rows, column : column + 1])
+                for row, one in zip(rows, made, strict=True):
+                    self._last[row] = (at[row], one[0])
+            for row, p in enumerate(at):
+                if p >= 0:
+                    logits[row, column if every else 0] = self._last[row][1]
         return logits
 
     def _bind_all(self, row: int | None = None) -> Any:

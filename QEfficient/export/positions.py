@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Positions that a model derives from the cache's length, made each row's own.
+
+A model that is given no positions asks its cache for ``past = get_seq_length()`` and computes ``arange(past, past + S)``,
+``arange(S) + past`` or ``table[:, past : past + S]``: one number for all rows. In a graph each row has its own. So the
+cache answers with :class:`PastLength`, and :class:`RowPositions` turns what is computed with it into ``(B, S)``
+positions. A use of it that is not known here is refused: positions are never wrong silently.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from QEfficient.errors import UnsupportedError
+
+_KEEP = {"add", "__add__", "__radd__", "sub", "__sub__", "to", "long", "int", "type", "type_as", "contiguous", "clone"}
+_SPREAD = {"unsqueeze", "expand", "repeat", "view", "reshape", "__getitem__", "embedding", "index_select"}
+_INERT = {"__get__", "size", "dim", "numel", "is_floating_point", "__len__", "__hash__", "is_complex", "stride"}
+
+
+class PastLength(int):
+    """The length of a cache, as a number for shapes (0: the buffer is counted elsewhere), known by its type."""
+
+    def __add__(self, other: Any) -> Any:
+        return other if not isinstance(other, Tensor) else NotImplemented
+
+    def __radd__(self, other: Any) -> Any:
+        return other if not isinstance(other, Tensor) else NotImplemented
+
+
+class RowPositions(TorchFunctionMode):
+    """Context in which positions counted from :class:`PastLength` are each row's own.
+
+    Args:
+        starts: Position of each row's first token, ``(B,)``.
+    """
+
+    def __init__(self, starts: Tensor) -> None:
+        super().__init__()
+        self.starts = starts
+        self._relative: dict[int, Tensor] = {}  # one-dimensional tensors that count from each row's start
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if any(isinstance(a, PastLength) for a in (*args, *kwargs.values())):
+            return self._count(func, name, args, kwargs)
+        if name == "__getitem__" and (axis := _past_axis(args[1])) is not None:
+            return self._look_up(func, args[0], args[1], axis)
+        if not any(id(a) in self._relative for a in (*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        if name in _INERT:
+            return func(*args, **kwargs)
+        if name in _KEEP:
+            return self._mark(func(*args, **kwargs))
+        if name in _SPREAD:
+            return self._spread(func, name, args, kwargs)
+        raise UnsupportedError(f"the model computes its positions with {resolve_name(func) or name}")
+
+    def _count(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Answer a call that has :class:`PastLength` among its arguments."""
+        if name == "arange" and (kwargs.get("start") is not None or len(args) > 1):
+            return self._mark(func(*args, **kwargs))
+        tensor = next((a for a in args if isinstance(a, Tensor)), None)
+        if name in {"add", "__add__", "__radd__"} and tensor is not None and tensor.dim() in (1, 2):
+            return self._mark(tensor.clone()) if tensor.dim() == 1 else tensor + self.starts[:, None]
+        if name in {"zeros", "ones", "full", "empty"}:
+            return func(*args, **kwargs)
+        raise UnsupportedError(f"the model computes its positions with {resolve_name(func) or name}")
+
+    def _look_up(self, func: Any, table: Tensor, index: Any, axis: int) -> Tensor:
+        """Return the rows ``past : past + S`` of a table, ``(N, ...)`` or ``(1, N)``, for each row of the batch."""
+        parts = index if isinstance(index, tuple) else (index,)
+        stop = parts[axis].stop
+        if stop is None or (axis == 1 and table.shape[0] != 1) or axis > 1:
+            raise UnsupportedError("the model cuts its positions at the cache's length")
+        counted = torch.arange(stop)[None] + self.starts[:, None]
+        return func(table, counted) if axis == 0 else func(func(table, 0), counted)  # type: ignore[no-any-return]
+
+    def _mark(self, tensor: Tensor) -> Tensor:
+        self._relative[id(tensor)] = tensor
+        return tensor
+
+    def _spread(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Replace counts by ``(B, S)`` positions where a model gives them a dimension for the batch, or uses them."""
+
+        def rows(value: Any) -> Any:
+            return value + self.starts[:, None] if id(value) in self._relative else value
+
+        if id(args[0]) in self._relative and name in {
+            "unsqueeze",
+            "expand",
+            "repeat",
+            "view",
+            "reshape",
+            "__getitem__",
+        }:
+            made = func(*args, **kwargs)
+            if made.dim() == 1:
+                return self._mark(made)
+            if made.dim() != 2:
+                raise UnsupportedError(f"the model gives its positions {made.dim()} dimensions")
+            return made + self.starts[:, None]
+        if name == "__getitem__":
+            return func(args[0], rows(args[1]))
+        return func(*map(rows, args), **{k: rows(v) for k, v in kwargs.items()})
+
+
+def _past_axis(index: Any) -> int | None:
+    """Return which axis an index cuts from :class:`PastLength` on."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return next((i for i, p in enumerate(parts) if isinstance(p, slice) and isinstance(p.start, PastLength)), None)

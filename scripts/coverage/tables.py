@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the cases found, as ``docs/coverage.json`` and ``docs/coverage.md``."""
+
+import json
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("torch", "transformers", "peft", "onnx", "onnxruntime")
+_KINDS = {
+    "architectures": "Architectures with LoRA on all linear layers",
+    "methods": "PEFT methods on Llama",
+}
+_MEANING = {
+    "pass": "the graph computes what PyTorch computes",
+    "wrong": "exported, but differs from PyTorch",
+    "refused": "export refuses it, with the reason",
+    "error": "something else went wrong",
+    "no adapter": "PEFT itself does not take the model",
+    "no tiny model": "transformers itself did not run the tiny configuration",
+}
+
+
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the last result of each case."""
+    results = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            results[entry.pop("name")] = entry
+    return results
+
+
+def write_docs(results: dict[str, dict[str, Any]], docs: Path) -> int:
+    """Write both files; return 1 if a graph was wrong."""
+    versions = {name: version(name) for name in _LIBRARIES}
+    content = {
+        "versions": versions,
+        "tolerance": 1e-4,
+        "counts": {kind: dict(Counter(r["outcome"] for _, r in _of(results, kind))) for kind in _KINDS},
+        **{kind: dict(_of(results, kind)) for kind in _KINDS},
+    }
+    (docs / "coverage.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    lines = ["# Coverage", ""]
+    lines += ["Made by `python scripts/coverage`: each row was exported and its graph run in ONNX Runtime.", ""]
+    lines += ["Versions: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".", ""]
+    for kind, title in _KINDS.items():
+        lines += _section(title, _of(results, kind))
+    (docs / "coverage.md").write_text("\n".join(lines).rstrip() + "\n")
+    return int(any(r["outcome"] == "wrong" for r in results.values()))
+
+
+def _of(results: dict[str, dict[str, Any]], kind: str) -> list[tuple[str, dict[str, Any]]]:
+    return sorted((n.split("/")[1], r) for n, r in results.items() if n.startswith(f"{kind}/"))
+
+
+def _section(title: str, results: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    counts = Counter(r["outcome"] for _, r in results)
+    lines = [f"## {title}", "", "| outcome | number | meaning |", "|---|---|---|"]
+    lines += [f"| {o} | {counts[o]} | {meaning} |" for o, meaning in _MEANING.items() if counts[o]]
+    passed = [f"| {n} | {r['error']:.0e} | {r['effect']:.1f} |" for n, r in results if r["outcome"] == "pass"]
+    lines += [
+        "",
+        "Largest error of any logit, as a share of the logits' range, and how far the adapter moves a logit:",
+        "",
+    ]
+    lines += ["| passes | error | adapter's effect |", "|---|---|---|", *passed, ""]
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for name, result in results:
+        if result["outcome"] != "pass":
+            grouped.setdefault((result["outcome"], str(result["reason"])), []).append(name)
+    if grouped:
+        lines += ["| does not | outcome | reason |", "|---|---|---|"]
+        for (outcome, reason), names in sorted(grouped.items()):
+            lines.append(f"| {', '.join(names)} | {outcome} | {reason.replace('|', '/')} |")
+        lines.append("")
+    return lines
