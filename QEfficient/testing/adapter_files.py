@@ -21,6 +21,9 @@ Shape = tuple[int, ...]
 PREFIX = "base_model.model."
 """What PEFT writes in front of a module's name."""
 
+EMBEDDING = re.compile(r"\.(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|output_embeddings)\.")
+"""In the name of a tensor that belongs to the vocabulary."""
+
 _LEAF = re.compile(
     r"\.[^.]*(lora|ia3|oft|hada|lokr|vera|hira|miss|fourierft|waveft|c3a|shira|road|hra|delora|trainable_tokens)_?[^.]*(\.weight|\.bias)?$"
 )
@@ -83,17 +86,33 @@ def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str
     Raises:
         AdapterMismatchError: PEFT cannot put such an adapter on this base.
     """
-    with torch.device("meta"), warnings.catch_warnings():
+    try:
+        return _build(base_config, config, "meta")
+    except NotImplementedError:  # a few methods look at values when they are made
+        device = "cpu"
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+        if "meta tensor" not in str(e):
+            raise AdapterMismatchError(f"adapter {name!r} does not fit the base: {_first_line(e)}") from e
+        device = "cpu"
+    try:
+        return _build(base_config, config, device)
+    except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
+        raise AdapterMismatchError(f"adapter {name!r} does not fit the base: {_first_line(e)}") from e
+
+
+def _build(base_config: Any, config: Any, device: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            model = AutoModelForCausalLM.from_config(base_config)  # type: ignore[no-untyped-call]
-            own = {PREFIX + key: tuple(value.shape) for key, value in model.state_dict().items()}
-            wrapped = PeftModel(model, copy.deepcopy(config), adapter_name="default", low_cpu_mem_usage=True)
-            saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise AdapterMismatchError(f"adapter {name!r} does not fit the base: {first}") from e
-    return {key: tuple(value.shape) for key, value in saved.items()}, own
+        model = AutoModelForCausalLM.from_config(base_config)  # type: ignore[no-untyped-call]
+        own = {PREFIX + key: tuple(value.shape) for key, value in model.state_dict().items()}
+        wrapped = PeftModel(model, copy.deepcopy(config), adapter_name="default", low_cpu_mem_usage=device == "meta")
+        saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    embeddings = {re.sub(r"\.weight$", ".base_layer.weight", k): v for k, v in own.items() if EMBEDDING.search(k)}
+    return {key: tuple(value.shape) for key, value in saved.items()}, own | embeddings
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def refuse_other_shapes(name: str, files: AdapterFiles) -> None:

@@ -19,7 +19,7 @@ from QEfficient.peft.adapters import check_name
 from QEfficient.store import digest_file
 from QEfficient.testing.adapter_files import read_adapter, refuse_other_shapes
 from QEfficient.testing.checks_adapter import CHECKS, SET_CHECKS
-from QEfficient.testing.inputs import describe_adapter, read_base_config
+from QEfficient.testing.inputs import describe_adapter, read_base_config, trained_tokens
 from QEfficient.testing.report import CheckResult, Outcome, Stage, Subject
 from QEfficient.testing.selection import Progress, Selection, catalog, perform
 
@@ -36,6 +36,7 @@ class Examined:
         results: Of the checks.
         path: Its folder.
         digest: Of its tensors' file; empty if there is none.
+        tokens: Whose embeddings it trains by their ids.
         error: Why it cannot be loaded, so that later stages leave it out.
     """
 
@@ -43,6 +44,7 @@ class Examined:
     results: list[CheckResult] = field(default_factory=list)
     path: Path = Path()
     digest: str = ""
+    tokens: tuple[int, ...] = ()
     error: QEffError | None = None
 
 
@@ -52,7 +54,7 @@ def examine(name: str, path: str | Path, base: str, base_config: Any, selection:
         files = read_adapter(name, path, base, base_config)
     except QEffError as e:
         return _unreadable(name, path, e)
-    found = Examined(describe_adapter(name, path, files), path=files.path)
+    found = Examined(describe_adapter(name, path, files), path=files.path, tokens=trained_tokens(files.config))
     found.digest = digest_file(files.path / "adapter_model.safetensors")
     added = tuple(c for c in catalog()[Stage.ADAPTER] if c.name not in _OURS)
     found.results = perform(Stage.ADAPTER, (*CHECKS, *added), files, name, selection)

@@ -7,14 +7,13 @@ from collections.abc import Iterable
 
 from peft.utils.other import get_pattern_key
 
-from QEfficient.testing.adapter_files import PREFIX, AdapterFiles
+from QEfficient.testing.adapter_files import EMBEDDING, PREFIX, AdapterFiles
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import counted, listed
 
 _MOST_SCALING = 64.0
 _ABSURD_SCALING = 1000.0
-_EMBEDDING = re.compile(r"(embed_tokens|wte|word_embeddings|embed_in|lm_head|embed_out|output_embeddings)\.")
 
 
 def _lora_modules(files: AdapterFiles) -> list[str]:
@@ -120,10 +119,10 @@ def _base_modules(files: AdapterFiles) -> set[str]:
 
 
 def _ask_own_weights(files: AdapterFiles, subject: str) -> Finding:
-    own = sorted(set(files.tensors) & set(files.optional) - set(files.expected))
+    own = sorted(k for k in set(files.tensors) & set(files.optional) - set(files.expected) if ".base_layer." not in k)
     if not own:
         return passed("The file holds no tensor of the base itself.", 0)
-    others = [k for k in own if not _EMBEDDING.search(k)]
+    others = [k for k in own if not EMBEDDING.search(k)]
     if others:
         text = f"{counted(len(others), 'tensor')} of the file are the base's own, first {others[0]}: loading overwrites the base for every other adapter"
         return failed(

@@ -4,6 +4,7 @@
 import numpy as np
 
 from QEfficient.contract import BASE
+from QEfficient.testing import checks_lifecycle
 from QEfficient.testing.check import Check, Finding, failed, passed
 from QEfficient.testing.compare import FLOAT32_NOISE, Difference, Logits, difference, joined
 from QEfficient.testing.reference import Reference
@@ -43,6 +44,9 @@ def _ask_disabled(reference: Reference, subject: str) -> Finding:
     rest = _from_base(reference, [reference.logits(BASE, row) for row in reference.workload.rows])
     if rest.error <= _DISABLED_TOLERANCE:
         return passed("With the adapter disabled, the model is the base.", rest.error)
+    if why := checks_lifecycle.known("disabled", reference, subject):
+        text = f"With the adapter disabled, the logits differ from the base by {number(rest.error)} of their range"
+        return Finding(Outcome.WARN, f"{text}. PEFT's own limit: {why}.", rest.error)
     text = f"With the adapter disabled, the logits differ from the base by {number(rest.error)} of their range."
     return failed(f"{text} The adapter changes the base's own weights, or leaves something behind.", rest.error)
 
@@ -80,5 +84,6 @@ CHECKS: tuple[Check[Reference], ...] = (
         tolerance=_DISABLED_TOLERANCE,
         unit="of range, disabled",
     ),
+    *checks_lifecycle.CHECKS,
 )
 """Asked of each adapter, and of the base where it applies."""

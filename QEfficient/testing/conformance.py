@@ -83,6 +83,7 @@ class _Tester:
         progress("read", BASE)
         self.config = read_base_config(base)
         self.paths: dict[str, Path] = {}
+        self.tokens: list[int] = []
         command = _command(base, adapters, graph)
         self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
 
@@ -104,6 +105,7 @@ class _Tester:
         self.report.adapters = tuple(one.subject for one in found.values())
         self.report.results += [r for one in found.values() for r in one.results]
         self.paths = {name: one.path for name, one in found.items() if one.error is None}
+        self.tokens = sorted({t for one in found.values() if one.error is None for t in one.tokens})
 
     def run(self, greedy_tokens: int, measure_speed: bool, budgets: Budgets) -> Report:
         """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
@@ -127,7 +129,7 @@ class _Tester:
         begin = time.perf_counter()
         model = load_base(self.base)
         seconds = time.perf_counter() - begin
-        workload = make_workload(text.vocab_size, self.max_positions, encode, greedy_tokens)
+        workload = make_workload(text.vocab_size, self.max_positions, encode, greedy_tokens, self.tokens)
         reference = Reference(model, workload)
         begin = time.perf_counter()
         for name, path in list(self.paths.items()):

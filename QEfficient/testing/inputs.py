@@ -46,3 +46,10 @@ def describe_adapter(name: str, path: str | Path, files: AdapterFiles) -> Subjec
         str(config.peft_type.value),
         f"{rank}{counted(len(files.tensors), 'tensor')}, {size(files.volume)}",
     )
+
+
+def trained_tokens(config: Any) -> tuple[int, ...]:
+    """Return the tokens whose embeddings an adapter trains by their ids: it shows its effect at these only."""
+    found = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    lists = found.values() if isinstance(found, dict) else [found]
+    return tuple(sorted({int(i) for tokens in lists for i in tokens}))

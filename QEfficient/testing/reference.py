@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from QEfficient.contract import BASE
 from QEfficient.errors import AdapterMismatchError, ConfigError
@@ -19,53 +19,104 @@ from QEfficient.testing.workload import Tokens, Workload
 Logits = npt.NDArray[np.float32]
 
 
+_KEPT_BYTES = 1 << 30
+"""Logits of adapters are kept up to this size, the least recently used forgotten first."""
+
+
 class Reference:
     """The base and its adapters in PyTorch.
 
     The base's logits of the workload are taken before PEFT touches the model, so that a wrapper which leaves a trace in
-    the base is found.
+    the base is found; an adapter's of a short row as soon as it is attached, so that one which a later adapter moves is.
 
     Attributes:
         workload: The tokens that are compared.
         model: The model: of transformers, and of PEFT once adapters are attached.
         untouched: Logits of each row of the workload, of the base without PEFT.
+        short: The shortest row of the workload.
+        paths: Folder of each adapter.
+        alone: Logits of the short row, of each adapter when it had just been attached.
         judged: What has been found about generated tokens, by subject and tokens: graph and program mostly agree.
     """
 
     def __init__(self, model: Any, workload: Workload) -> None:
         self.workload = workload
         self.model = model.eval()
+        self.short: Tokens = min(workload.rows, key=len)
         self.untouched = [self._forward(row) for row in workload.rows]
+        self.paths: dict[str, Path] = {}
+        self.alone: dict[str, Logits] = {}
         self.judged: dict[tuple[str, bytes], Any] = {}
-        self._kept: dict[str, list[Logits]] = {BASE: self.untouched}
+        self._kept: dict[str, list[Logits]] = {}
 
     def attach(self, name: str, path: Path) -> None:
-        """Load one adapter with PEFT.
+        """Load one adapter with PEFT; a rejected one leaves no trace.
 
         Raises:
             AdapterMismatchError: PEFT cannot put it on this base.
         """
         try:
             if isinstance(self.model, PeftModel):
-                self.model.load_adapter(str(path), adapter_name=name)
+                self._add(name, path)
             else:
                 self.model = PeftModelForCausalLM.from_pretrained(self.model, str(path), adapter_name=name)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
             first = str(e).strip().splitlines()[0]
             raise AdapterMismatchError(f"adapter {name!r} ({path}) does not fit the base: {first}") from e
         self.model.eval()
+        self.paths[name] = path
+        self.alone[name] = self.logits(name, self.short)
+
+    def _add(self, name: str, path: Path) -> None:
+        try:
+            self.model.load_adapter(str(path), adapter_name=name)
+        except Exception:
+            if name in self.model.peft_config:
+                self.model.delete_adapter(name)
+            raise
 
     def workload_logits(self, subject: str) -> list[Logits]:
         """Return the logits ``(tokens, V)`` of each row of the workload."""
+        if subject == BASE:
+            return self.untouched
         if subject not in self._kept:
             with self.selected(subject):
-                self._kept[subject] = [self._forward(row) for row in self.workload.rows]
+                found = [self._forward(row) for row in self.workload.rows]
+            while self._kept and sum(r.nbytes for rows in (*self._kept.values(), found) for r in rows) > _KEPT_BYTES:
+                del self._kept[next(iter(self._kept))]
+            self._kept[subject] = found
+        self._kept[subject] = self._kept.pop(subject)
         return self._kept[subject]
 
-    def logits(self, subject: str, tokens: Tokens) -> Logits:
-        """Return the logits ``(len(tokens), V)`` of one row."""
-        with self.selected(subject):
+    def logits(self, subject: str | None, tokens: Tokens) -> Logits:
+        """Return the logits ``(len(tokens), V)`` of one row; None takes the model as it is."""
+        with self.selected(subject) if subject is not None else contextlib.nullcontext():
             return self._forward(tokens)
+
+    def last_logits(self, subject: str, tokens: Tokens, count: int) -> Logits:
+        """Return the logits ``(count, V)`` of the last tokens of a long row."""
+        with self.selected(subject):
+            return self._forward(tokens, keep=count)
+
+    def cache(self, subject: str, tokens: Tokens) -> list[tuple[Logits, Logits]]:
+        """Return what each layer keeps of one row: keys and values ``(kv_heads, tokens, head_dim)``."""
+        kept = DynamicCache()
+        with self.selected(subject), torch.no_grad():
+            self.model(input_ids=torch.from_numpy(tokens)[None], past_key_values=kept, use_cache=True)
+        layers: list[Any] = list(kept.layers)
+        return [(layer.keys[0].float().numpy(), layer.values[0].float().numpy()) for layer in layers]
+
+    def padded(self, subject: str, rows: list[Tokens], side: str) -> list[Logits]:
+        """Return the logits of rows in one batch, padded on the right or left, without those of the padding."""
+        longest = max(len(r) for r in rows)
+        ids, mask = (torch.zeros((len(rows), longest), dtype=torch.int64) for _ in range(2))
+        places = [slice(0, len(r)) if side == "right" else slice(longest - len(r), longest) for r in rows]
+        for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+            ids[i, place], mask[i, place] = torch.from_numpy(row), 1
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        with self.selected(subject), torch.no_grad():
+            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        return [out.logits[i, place].float().numpy() for i, place in enumerate(places)]
 
     @contextlib.contextmanager
     def selected(self, subject: str) -> Iterator[Any]:
@@ -79,11 +130,13 @@ class Reference:
             self.model.set_adapter(subject)
             yield self.model
 
-    def _forward(self, tokens: Tokens) -> Logits:
+    def _forward(self, tokens: Tokens, keep: int = 0) -> Logits:
         with torch.no_grad():
-            out = self.model(input_ids=torch.from_numpy(tokens)[None], use_cache=False)
+            out = self.model(
+                input_ids=torch.from_numpy(tokens)[None], use_cache=False, **({"logits_to_keep": keep} if keep else {})
+            )
         logits: Logits = out.logits[0].float().numpy()
-        return logits
+        return logits[-(keep or len(tokens)) :]  # behind the virtual tokens of prompt learning
 
 
 def load_base(base: str) -> Any:

@@ -5,7 +5,7 @@ Knows no model. The text is ordinary prose, code and numbers, so that a trained 
 without tokenizer gets seeded random tokens.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,6 +69,7 @@ def make_workload(
     max_positions: int = 0,
     encode: Callable[[str], list[int]] | None = None,
     greedy_tokens: int = _GREEDY,
+    must_hold: Sequence[int] = (),
 ) -> Workload:
     """Return the workload of a base.
 
@@ -77,6 +78,7 @@ def make_workload(
         max_positions: Longest context of the base; 0 if it has none.
         encode: The base's tokenizer; None for random tokens.
         greedy_tokens: How many tokens to generate; fewer if the context is shorter.
+        must_hold: Tokens that the first and the shortest row hold, up to a third of each.
 
     Raises:
         UnsupportedError: The base's context is too short to ask anything.
@@ -90,6 +92,9 @@ def make_workload(
     decode = max(2, int(_DECODE * scale))
     greedy = min(greedy_tokens, room - max(lengths) - chunk)
     rows = tuple(_tokens(i, n + decode, vocab_size, encode) for i, n in enumerate(lengths))
+    for row in (rows[0], min(rows, key=len)):
+        held = [t for t in must_hold if 0 <= t < vocab_size][: len(row) // 3]
+        row[1 : 1 + 3 * len(held) : 3] = held
     return Workload(rows, lengths, chunk, greedy)
 
 
