@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+
+from QEfficient.errors import UnsupportedError
 
 PEFT_PREFIX = "base_model.model."
 
@@ -30,6 +32,10 @@ NOT_IN_GRAPH = frozenset(
     "module_dropout modules_to_save r rank_dropout rank_pattern revision runtime_config target_modules task_type "
     "peft_version use_rslora ensure_weight_tying".split()
 )
+
+
+# Methods whose forward can be traced and would then compute something else than in PyTorch, and why.
+_DIFFERS = {"LILY": "its router averages over all tokens of a batch, padding and other rows included"}
 
 
 @dataclass(slots=True)
@@ -51,6 +57,24 @@ class Lifted:
     sites: dict[str, str] = field(default_factory=dict)
     entries: dict[str, tuple[str, str]] = field(default_factory=dict)
     rank_axes: dict[str, int] = field(default_factory=dict)
+
+
+def refuse(config: PeftConfig) -> None:
+    """Refuse a PEFT method that cannot become inputs of a graph.
+
+    Raises:
+        UnsupportedError: With the reason.
+    """
+    method = str(plain(config.peft_type))
+    reason = _DIFFERS.get(method)
+    if config.is_prompt_learning:
+        reason = (
+            "its virtual tokens are embeddings or cache entries in front of the prompt, and a graph takes token ids"
+        )
+    elif getattr(config, "alora_invocation_tokens", None):
+        method, reason = "aLoRA", "it begins to act behind a token that it looks for in the prompt"
+    if reason is not None:
+        raise UnsupportedError(f"adapters of the method {method} cannot be exported: {reason}")
 
 
 def inner_model(model: nn.Module) -> nn.Module:

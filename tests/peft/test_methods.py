@@ -10,10 +10,13 @@ import torch
 from peft import (
     FourierFTConfig,
     IA3Config,
+    LilyConfig,
     LNTuningConfig,
     OFTConfig,
     PeftConfig,
     PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
     ShiraConfig,
     VBLoRAConfig,
     VeraConfig,
@@ -22,6 +25,7 @@ from peft import (
 
 from QEfficient import QEffAutoPeftModelForCausalLM
 from QEfficient.contract import Manifest
+from QEfficient.errors import UnsupportedError
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import OrtSession
@@ -83,3 +87,21 @@ def test_method_equals_pytorch(method: str, tmp_path: Path) -> None:
         seen.append(want)
     assert np.abs(seen[0] - seen[1]).max() > 1e-3
     assert np.abs(seen[0] - seen[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING .* in front of the prompt"),
+        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING .* in front of the prompt"),
+        (LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4), "LILY .* averages over all tokens"),
+        (lora(alora_invocation_tokens=[5, 6]), "aLoRA .* looks for in the prompt"),
+    ],
+    ids=["prompt_tuning", "prefix_tuning", "lily", "alora"],
+)
+def test_method_is_refused_with_the_reason(config: PeftConfig, reason: str, tmp_path: Path) -> None:
+    """What would be wrong, or has no place in the graph, is refused before any work."""
+    made = QEffAutoPeftModelForCausalLM(get_peft_model(make_base("llama"), copy.deepcopy(config), adapter_name="a"))
+    with pytest.raises(UnsupportedError, match=reason):
+        made.export(tmp_path / "graph")
+    assert list(tmp_path.iterdir()) == []
