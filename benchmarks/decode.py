@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How fast one row decodes with a switchable adapter: PyTorch with PEFT, our programs, and what the memory allows.
+
+A random base of Qwen2.5-0.5B's shape and a random LoRA of rank 16 on all seven projections are made, exported and compiled
+(once: the folder is kept). Then all subjects take turns, A B C A B C: one prompt, then single tokens. The last line is JSON.
+
+onnxruntime-genai takes part where it can be imported, with the adapter baked in by its own builder.
+
+    python benchmarks/decode.py --work DIR
+"""
+
+import gc
+import importlib.util
+import json
+import platform
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from QEfficient.compile.program import compile_graph
+from QEfficient.contract import MODEL_FILE, Manifest
+from QEfficient.export.torch_to_onnx import export_graph
+from QEfficient.export.weights import Checkpoint
+from QEfficient.options import option, parse
+from QEfficient.runtime.session import OrtSession
+
+VOCAB = 151936
+ALPHA, RANK = 32, 16
+
+
+@dataclass(slots=True, kw_only=True)
+class Options:
+    """Measure prefill and decode of one row, side by side."""
+
+    work: Path = option(help="Folder for the base, the adapter, the graph and the programs; kept for the next run.")
+    layers: int = option(24, "Layers of the base.")
+    prompt: int = option(128, "Tokens of the prompt.")
+    tokens: int = option(64, "Tokens decoded in a turn.")
+    turns: int = option(5, "Turns of each subject; figures are medians over them.")
+    threads: int = option(2, "Threads of each subject.")
+    programs: list[str] = option(
+        ["fp32", "int8", "int4", "int4-128"], "Programs: a precision, perhaps with its block size. Repeatable."
+    )
+
+
+class Subject(Protocol):
+    """Something that prefills and decodes."""
+
+    name: str
+    bytes_per_token: int
+
+    def prefill(self, ids: np.ndarray) -> int:
+        """Take the prompt into an empty cache; return the likeliest next token."""
+
+    def step(self, token: int, position: int) -> int:
+        """Take one token; return the likeliest next one."""
+
+
+class Torch:
+    """PyTorch with PEFT, scaled dot product attention, float32."""
+
+    name = "PyTorch + PEFT fp32"
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+        tensors = {id(p): p.nbytes for p in model.parameters()}
+        self.bytes_per_token = sum(tensors.values())
+        self.cache: Any = None
+
+    def prefill(self, ids: np.ndarray) -> int:
+        """See :class:`Subject`."""
+        self.cache = None
+        return self._call(torch.from_numpy(ids))
+
+    def step(self, token: int, position: int) -> int:
+        """See :class:`Subject`."""
+        return self._call(torch.tensor([[token]]))
+
+    def _call(self, ids: torch.Tensor) -> int:
+        with torch.inference_mode():
+            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        self.cache = out.past_key_values
+        return int(out.logits[0, -1].argmax())
+
+
+class Program:
+    """A program of ours, with the adapter or without."""
+
+    def __init__(self, name: str, session: OrtSession, adapter: str) -> None:
+        self.name, self.session, self.adapter = name, session, adapter
+        sizes = session.memory_bytes()
+        model = session.manifest.files[MODEL_FILE]["bytes"]
+        self.bytes_per_token = sizes["weights"] - model + (sizes["adapters"] if adapter != "base" else 0)
+
+    def prefill(self, ids: np.ndarray) -> int:
+        """See :class:`Subject`."""
+        self.session.set_adapter(self.adapter)
+        self.session.reset()
+        return int(self.session.run(ids, np.arange(ids.shape[1])[None])[0, -1].argmax())
+
+    def step(self, token: int, position: int) -> int:
+        """See :class:`Subject`."""
+        return int(self.session.run(np.array([[token]]), np.array([[position]]))[0, -1].argmax())
+
+
+class Genai:
+    """onnxruntime-genai, with the adapter baked in by its builder."""
+
+    def __init__(self, folder: Path, precision: str, context: int) -> None:
+        import onnxruntime_genai  # type: ignore[import-not-found]
+
+        self.name = f"onnxruntime-genai {precision}, adapter baked in"
+        self.library, self.context = onnxruntime_genai, context
+        self.model = onnxruntime_genai.Model(str(folder))
+        self.bytes_per_token = sum(f.stat().st_size for f in folder.glob("*.data"))
+        self.generator: Any = None
+
+    def prefill(self, ids: np.ndarray) -> int:
+        """See :class:`Subject`."""
+        parameters = self.library.GeneratorParams(self.model)
+        parameters.set_search_options(max_length=self.context, batch_size=1)
+        self.generator = self.library.Generator(self.model, parameters)
+        self.generator.append_tokens(ids.astype(np.int32))
+        return int(np.argmax(self.generator.get_logits()))
+
+    def step(self, token: int, position: int) -> int:
+        """See :class:`Subject`."""
+        self.generator.append_tokens(np.array([[token]], np.int32))
+        return int(np.argmax(self.generator.get_logits()))
+
+
+@dataclass
+class Timings:
+    """Seconds of a subject: one prefill and the median token for each turn."""
+
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+def make_model(options: Options) -> tuple[Path, Path]:
+    """Write the base and the adapter, once; return their folders."""
+    base, adapter = options.work / "base", options.work / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        torch.manual_seed(0)
+        config = Qwen2Config(
+            vocab_size=VOCAB,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=options.layers,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+        )
+        model = AutoModelForCausalLM.from_config(config)
+        model.save_pretrained(base)
+        lora = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
+        get_peft_model(model, lora).save_pretrained(str(adapter))
+    return base, adapter
+
+
+def open_programs(options: Options, model: PeftModel, base: Path, adapter: Path) -> list[Program]:
+    """Export, compile and load what is asked for."""
+    checkpoint = Checkpoint(base)
+    graph = export_graph(model, options.work / "graph", adapter_name="default", checkpoint=checkpoint)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for spec in Manifest.read(graph).adapter:
+        if spec.name.endswith(".scaling"):
+            tensors[spec.name] = np.array(ALPHA / RANK, np.float32)
+    programs = []
+    for name in options.programs:
+        precision, _, block_size = name.partition("-")
+        folder = compile_graph(graph, precision=precision, block_size=int(block_size or 32))
+        session = OrtSession(folder, threads=options.threads)
+        session.load_adapter("lora", tensors)
+        session.allocate(1, options.prompt + options.tokens)
+        programs += [Program(f"ours {name}", session, "lora"), Program(f"ours {name}, bare base", session, "base")]
+    return programs
+
+
+def open_genai(options: Options, base: Path, adapter: Path) -> list[Genai]:
+    """Build and load the peer's models, if it can be imported."""
+    if importlib.util.find_spec("onnxruntime_genai") is None:
+        return []
+    made = []
+    for precision in ("fp32", "int4"):
+        folder = options.work / f"genai-{precision}"
+        if not (folder / "genai_config.json").is_file():
+            extra = [f"adapter_path={adapter}", "int4_accuracy_level=4"]
+            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(base), "-o", str(folder)]
+            subprocess.run([*command, "-p", precision, "-e", "cpu", "--extra_options", *extra], check=True)
+        config = json.loads((folder / "genai_config.json").read_text())
+        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = options.threads
+        (folder / "genai_config.json").write_text(json.dumps(config))
+        made.append(Genai(folder, precision, options.prompt + options.tokens))
+    return made
+
+
+def read_seconds_per_byte(data: np.ndarray, threads: int) -> float:
+    """Return how long reading a byte of memory takes, all threads together: the faster of two ways to read."""
+
+    def timed(read: Callable[[np.ndarray], Any]) -> float:
+        parts = np.array_split(data, threads)
+        workers = [threading.Thread(target=read, args=(part,)) for part in parts]
+        start = time.perf_counter()
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        return time.perf_counter() - start
+
+    return min(timed(np.max), timed(lambda part: np.bitwise_or.reduce(part.view(np.int64)))) / data.nbytes
+
+
+def measure(options: Options, subjects: list[Subject]) -> tuple[dict[str, Timings], list[float]]:
+    """Let all subjects take turns; a first round only warms up."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCAB, (1, options.prompt))
+    data = np.ones(1 << 27, np.float32)
+    timings = {s.name: Timings() for s in subjects}
+    floor = []
+    for turn in range(options.turns + 1):
+        if turn:
+            floor.append(read_seconds_per_byte(data, options.threads))
+        for subject in subjects:
+            start = time.perf_counter()
+            token = subject.prefill(ids)
+            prefill, steps, tokens = time.perf_counter() - start, [], [token]
+            for position in range(options.prompt, options.prompt + (options.tokens if turn else 3)):
+                start = time.perf_counter()
+                token = subject.step(token, position)
+                steps.append(time.perf_counter() - start)
+                tokens.append(token)
+            if turn:
+                found = timings[subject.name]
+                found.prefill.append(prefill)
+                found.decode.append(float(np.median(steps)))
+                found.tokens = tokens
+    return timings, floor
+
+
+def summarise(options: Options, subjects: list[Subject], timings: dict[str, Timings], floor: list[float]) -> list[Any]:
+    """Return one row for each subject.
+
+    Ratios to the first subject are medians of the ratios within each turn. The share of the floor compares the best turn with
+    the best reading: other work on the machine slows both down, but never at the same moment.
+    """
+    first = timings[subjects[0].name]
+    rows = []
+    for subject in subjects:
+        mine = timings[subject.name]
+        limit = min(floor) * subject.bytes_per_token
+        rows.append(
+            {
+                "subject": subject.name,
+                "prefill_tokens_per_second": round(options.prompt / float(np.median(mine.prefill)), 1),
+                "decode_tokens_per_second": round(1 / float(np.median(mine.decode)), 2),
+                "prefill_ratio": round(float(np.median(np.array(first.prefill) / mine.prefill)), 2),
+                "decode_ratio": round(float(np.median(np.array(first.decode) / mine.decode)), 2),
+                "share_of_floor": round(limit / min(mine.decode), 2),
+                "megabytes_per_token": round(subject.bytes_per_token / 1e6),
+                "same_tokens": next(
+                    (i for i, (a, b) in enumerate(zip(first.tokens, mine.tokens, strict=True)) if a != b),
+                    len(mine.tokens),
+                ),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    heads = ("prefill tok/s", "decode tok/s", "x prefill", "x decode", "of floor", "MB/token", "same tokens")
+    width = max(len(r["subject"]) for r in rows)
+    print(" " * width, *heads, sep=" | ")
+    for row in rows:
+        name, *values = row.values()
+        print(name.ljust(width), *(str(v).rjust(len(h)) for v, h in zip(values, heads, strict=True)), sep=" | ")
+
+
+def machine(options: Options) -> dict[str, Any]:
+    """Return what the figures depend on."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    names = ("torch", "transformers", "peft", "onnxruntime")
+    return {
+        "cpu": cpu,
+        "cores": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "load": [round(n, 1) for n in psutil.getloadavg()],
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "commit": done.stdout.strip(),
+        "options": {k: str(v) if k == "work" else v for k, v in asdict(options).items() if k != "work"},
+    }
+
+
+def main() -> None:
+    """Run the benchmark."""
+    options = parse(Options, sys.argv[1:], prog="benchmarks/decode.py")
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    base, adapter = make_model(options)
+    loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
+    subjects: list[Subject] = [Torch(model), *open_programs(options, model, base, adapter)]
+    subjects += open_genai(options, base, adapter)
+    gc.collect()
+    timings, floor = measure(options, subjects)
+    rows = summarise(options, subjects, timings, floor)
+    show(rows)
+    bandwidth = round(1e-9 / min(floor), 1)
+    print(json.dumps({"rows": rows, "gigabytes_per_second": bandwidth, **machine(options)}))
+
+
+if __name__ == "__main__":
+    main()
