@@ -11,13 +11,16 @@ import numpy as np
 from QEfficient.contract import BASE, Manifest
 from QEfficient.errors import ArtifactError
 from QEfficient.store import verify_files
+from QEfficient.testing import checks_state
 from QEfficient.testing.candidate import SCENARIOS, Candidate
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.checks_tokens import ask_greedy, ask_greedy_batch
 from QEfficient.testing.compare import (
     EFFECT_TOLERANCE,
     FLOAT32_NOISE,
+    KL_TOLERANCE,
     LOGITS_TOLERANCE,
+    TOP,
     Difference,
     joined,
     says_gain,
@@ -77,6 +80,22 @@ def _asks_logits(scenario: str) -> Callable[[Candidate, str], Finding]:
         return _with_plot(Outcome.FAIL, f"{text} {_advice(candidate, subject, found)}", found)
 
     return ask
+
+
+def _ask_distribution(candidate: Candidate, subject: str) -> Finding:
+    found = joined([candidate.compare(s, subject) for s in SCENARIOS])
+    order = np.nan_to_num(found.kl, nan=np.inf)
+    at, worst, shared = int(order.argmax()), float(found.kl[int(order.argmax())]), float(found.shared.mean())
+    facts: Facts = {
+        f"of PyTorch's {TOP} most likely tokens": number(100 * shared, "% agree"),
+        "median KL": number(float(np.median(order))),
+    }
+    series = (Series("KL in nats", found.labels, tuple(found.kl.tolist())),)
+    if worst <= KL_TOLERANCE and shared == 1.0:
+        text = f"The distribution is within {number(worst)} nats of PyTorch's; the {TOP} most likely tokens agree everywhere."
+        return Finding(Outcome.PASS, text, worst, facts, series)
+    text = f"The distribution is {number(worst)} nats from PyTorch's at {found.labels[at]}, and {number(100 * shared)} % of the {TOP} most likely tokens agree."
+    return Finding(Outcome.FAIL, f"{text} {_advice(candidate, subject, found)}", worst, facts, series)
 
 
 def _ask_effect(candidate: Candidate, subject: str) -> Finding:
@@ -176,6 +195,15 @@ CHECKS: tuple[Check[Candidate], ...] = (
         )
     ),
     Check(
+        "distribution",
+        "Distribution over tokens",
+        "Below 1e-04 nats no set of tokens changes its probability by more than 0.7 %; near-ties may change places.",
+        _ask_distribution,
+        KL_TOLERANCE,
+        "nats",
+        of_base=True,
+    ),
+    Check(
         "effect",
         "Adapter's effect arrives",
         "An error may be small beside the logits and large beside what the adapter does; rounding is far below 1 % of it.",
@@ -209,5 +237,6 @@ CHECKS: tuple[Check[Candidate], ...] = (
         tolerance=0,
         of_base=True,
     ),
+    *checks_state.CHECKS,
 )
 """Asked of the graph and of the program, for the base and each adapter, in this order."""

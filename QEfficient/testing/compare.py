@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Logits against logits: how far, where, and how much of the adapter's effect arrives. Knows no model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,10 @@ LOGITS_TOLERANCE = 1e-4
 """Largest difference of float32 logits, relative to the range (largest minus smallest) of the logits at that position."""
 EFFECT_TOLERANCE = 1e-2
 """Largest difference relative to the adapter's own effect."""
+KL_TOLERANCE = 1e-4
+"""Largest divergence in nats: no set of tokens changes its probability by more than 0.7 % (Pinsker's inequality)."""
+TOP = 5
+"""How many of the most likely tokens are compared."""
 FLOAT32_NOISE = 1e-5
 """Differences below this part of the range can be rounding: two float32 engines were seen to differ by up to 5e-6."""
 
@@ -27,6 +31,8 @@ class Difference:
         tokens: The token of the largest difference at each position, ``(P,)``.
         agreement: Sum over positions of the engine's change (against PyTorch's base) times PyTorch's change.
         energy: Sum over positions of PyTorch's change squared.
+        kl: Kullback-Leibler divergence of the engine's distribution from PyTorch's at each position, in nats, ``(P,)``.
+        shared: How many of PyTorch's most likely tokens are the engine's too, near-ties left out, as a share, ``(P,)``.
     """
 
     labels: tuple[str, ...]
@@ -35,6 +41,8 @@ class Difference:
     tokens: npt.NDArray[np.int64]
     agreement: float = 0.0
     energy: float = 0.0
+    kl: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
+    shared: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))
 
     @property
     def worst(self) -> int:
@@ -71,12 +79,13 @@ def difference(labels: list[str], got: Logits, want: Logits, base: Logits | None
     absolute = np.abs(got64 - want64)
     tokens = np.nan_to_num(absolute, nan=np.inf).argmax(axis=1)
     errors = absolute.max(axis=1) / span
+    kl, shared = _divergence(got64, want64), _shared(got64, want64, span)
     if base is None:
-        return Difference(tuple(labels), errors, np.zeros(0), tokens)
+        return Difference(tuple(labels), errors, np.zeros(0), tokens, kl=kl, shared=shared)
     change = want64 - base
     effects = np.abs(change).max(axis=1) / span
     agreement, energy = float(np.sum((got64 - base) * change)), float(np.sum(change * change))
-    return Difference(tuple(labels), errors, effects, tokens, agreement, energy)
+    return Difference(tuple(labels), errors, effects, tokens, agreement, energy, kl, shared)
 
 
 def joined(parts: list[Difference]) -> Difference:
@@ -88,7 +97,29 @@ def joined(parts: list[Difference]) -> Difference:
         np.concatenate([p.tokens for p in parts]),
         sum(p.agreement for p in parts),
         sum(p.energy for p in parts),
+        np.concatenate([p.kl for p in parts]),
+        np.concatenate([p.shared for p in parts]),
     )
+
+
+def _divergence(got: npt.NDArray[np.float64], want: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    ours, theirs = (x - x.max(axis=1, keepdims=True) for x in (got, want))
+    ours, theirs = (x - np.log(np.exp(x).sum(axis=1, keepdims=True)) for x in (ours, theirs))
+    found: npt.NDArray[np.float64] = np.maximum((np.exp(theirs) * (theirs - ours)).sum(axis=1), 0.0)
+    return found
+
+
+def _shared(
+    got: npt.NDArray[np.float64], want: npt.NDArray[np.float64], span: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """A token that PyTorch ranks among its first must be, to the tolerance, among the engine's first."""
+    k = min(TOP, got.shape[1])
+    chosen = np.argpartition(-want, k - 1, axis=1)[:, :k]
+    last = -np.partition(-got, k - 1, axis=1)[:, k - 1 : k]
+    found: npt.NDArray[np.float64] = (
+        np.take_along_axis(got, chosen, axis=1) >= last - 2 * LOGITS_TOLERANCE * span[:, None]
+    ).mean(axis=1)
+    return found
 
 
 def says_gain(gain: float) -> str:

@@ -135,6 +135,48 @@ class Remembers(Faulty):
         return self.session.run(ids, positions) + np.float32(self.memory)
 
 
+class SlotKeeps(Faulty):
+    """A slot that starts again sees something of what it held."""
+
+    used = False
+
+    def allocate(self, batch_size: int, ctx_len: int) -> None:
+        """Allocate; the slots are fresh."""
+        self.used = False
+        self.session.allocate(batch_size, ctx_len)
+
+    def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
+        logits = self.session.run(ids, positions)
+        if self.used and (positions[:, 0] == 0).any():
+            logits = logits + 1e-2 * np.ptp(logits) * (np.arange(logits.shape[-1]) % 2).astype(np.float32)
+        self.used = True
+        return logits
+
+
+class LosesStart(Faulty):
+    """Beyond 100 positions the beginning is forgotten, as with a window that the base does not have."""
+
+    def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
+        if positions.max() > 100:
+            for state in self.session._states.values():
+                state[:, :, :50] = 0
+        return self.session.run(ids, positions)
+
+
+class KeysRotatedOn(Faulty):
+    """The rotary embedding counts from one."""
+
+    def run(self, ids: Tokens, positions: Tokens) -> np.ndarray:
+        """Run with the fault."""
+        logits = self.session.run(ids, positions)
+        for name, state in self.session._states.items():
+            if name.startswith("past_key"):
+                state[...] = np.roll(state, 1, axis=-1)
+        return logits
+
+
 @pytest.mark.parametrize(
     ("fault", "check", "says"),
     [
@@ -150,6 +192,11 @@ class Remembers(Faulty):
         (RowsMixed, "greedy_batch", "not a near-tie"),
         (NeverSwitches, "switching", "changes nothing"),
         (Remembers, "switching", "stays behind"),
+        (SecondChoice, "distribution", "nats from PyTorch's at"),
+        (RowsMixed, "neighbours", "leak into each other"),
+        (SlotKeeps, "slots", "a used slot"),
+        (LosesStart, "long", "which fill the cache"),
+        (KeysRotatedOn, "layers", r"layer 0 key is the first that differs"),
         (AlwaysBase, "effect", "none of the adapter's effect arrives"),
         (AlwaysBase, "prefill", "The base agrees, so look at the adapter"),
     ],
