@@ -31,9 +31,21 @@ class Options:
     graph: Path | None = option(
         None, "Test this exported graph, and the adapters in it, instead of exporting.", metavar="DIR"
     )
-    report: Path | None = option(None, "Write report.html, report.json and junit.xml into this folder.", metavar="DIR")
+    report: Path | None = option(
+        None, "Write report.html, report.json, report.md and junit.xml into this folder.", metavar="DIR"
+    )
     only: list[str] = option(
         [], "Run only checks of this name, 'graph.*' for example; may be repeated.", metavar="CHECK"
+    )
+    skip: list[str] = option(
+        [], "Report checks of this name as skipped, for this reason; may be repeated.", metavar="CHECK=REASON"
+    )
+    jobs: int = option(1, "Processes that examine adapter folders; pays from some dozens of adapters on.")
+    eval: Path | None = option(
+        None, "Loss and perplexity on this text: rows with text, or prompt and completion.", metavar="JSONL"
+    )
+    baseline: Path | None = option(
+        None, "Fail on what is worse than in this earlier report.json, beyond noise.", metavar="REPORT"
     )
     tokens: int = option(64, "Tokens to generate for each prompt.")
     speed: bool = option(True, "Measure speed and memory.")
@@ -47,10 +59,14 @@ class Options:
 
 def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
+    if argv and argv[0] == "--diff":
+        return diff(argv[1:])
     options = parse(Options, argv, prog="qefficient test")
     adapters = parse_adapters(options.adapter)
     if options.tokens < 1:
         raise ConfigError(f"--tokens must be at least 1, not {options.tokens}")
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be at least 1, not {options.jobs}")
     from rich.console import Console
 
     from QEfficient.testing.render_terminal import view
@@ -66,6 +82,10 @@ def command(argv: Sequence[str]) -> int:
             graph=options.graph,
             report_dir=options.report,
             only=options.only,
+            skip=parse_skips(options.skip),
+            jobs=options.jobs,
+            eval_data=options.eval,
+            baseline=options.baseline,
             greedy_tokens=options.tokens,
             measure_speed=options.speed,
             budgets=Budgets(options.min_speedup, most),
@@ -75,6 +95,42 @@ def command(argv: Sequence[str]) -> int:
     if options.report is not None:
         print(f"\nreport: {options.report / 'report.html'}")
     return exit_code(report)
+
+
+@dataclass(slots=True, kw_only=True)
+class DiffOptions:
+    """Compare two reports. Exit code 0: nothing is worse beyond noise; 1: something is."""
+
+    before: Path = option(help="The earlier report.json, or its folder.", positional=True)
+    after: Path = option(help="The later one.", positional=True)
+
+
+def diff(argv: Sequence[str]) -> int:
+    """Print what differs between two reports."""
+    options = parse(DiffOptions, argv, prog="qefficient test --diff")
+    from QEfficient.testing.baseline import compare, read_report
+
+    changes = compare(read_report(options.before), read_report(options.after))
+    for change in changes:
+        print(f"{'worse' if change.worse else 'other'}  {change.subject}  {change.what}: {change.text}")
+    worse = sum(c.worse for c in changes)
+    print(f"{worse} worse, {len(changes) - worse} otherwise changed")
+    return 1 if worse else 0
+
+
+def parse_skips(given: Sequence[str]) -> dict[str, str]:
+    """Return ``CHECK=REASON`` pairs as a dict.
+
+    Raises:
+        ConfigError: A pair has no reason.
+    """
+    found = {}
+    for pair in given:
+        name, _, reason = pair.partition("=")
+        if not name or not reason.strip():
+            raise ConfigError(f"--skip takes CHECK=REASON, for example pytorch.merge='served unmerged', not {pair!r}")
+        found[name] = reason.strip()
+    return found
 
 
 def exit_code(report: "Report") -> int:

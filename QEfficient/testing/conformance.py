@@ -10,8 +10,10 @@ from typing import Any
 
 from QEfficient.contract import BASE
 from QEfficient.errors import QEffError
-from QEfficient.testing import checks_efficiency
+from QEfficient.testing import checks_efficiency, quality
 from QEfficient.testing.adapter_stage import examine_all
+from QEfficient.testing.baseline import CHECKS as baseline_checks
+from QEfficient.testing.baseline import compare, read_report
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
@@ -33,6 +35,8 @@ def run(
     only: Sequence[str] = (),
     skip: Mapping[str, str] | None = None,
     jobs: int = 1,
+    eval_data: str | Path | None = None,
+    baseline: str | Path | None = None,
     greedy_tokens: int = 64,
     measure_speed: bool = True,
     budgets: Budgets = Budgets(),  # noqa: B008 -- frozen
@@ -48,6 +52,8 @@ def run(
         only: Patterns of check names, ``"graph.*"`` for example; empty for all.
         skip: Patterns of check names that are not asked, and why.
         jobs: Processes that examine the adapters' files; more than 1 pays from some dozens of adapters on.
+        eval_data: JSONL file with ``text``, or ``prompt`` and ``completion``, for loss and perplexity.
+        baseline: An earlier report, or its folder; what is worse beyond noise fails.
         greedy_tokens: How many tokens to generate for each prompt.
         measure_speed: Measure speed and memory as well.
         budgets: Limits of speed that are part of the verdict.
@@ -58,8 +64,12 @@ def run(
     """
     tester = _Tester(str(base), adapters, graph, Selection(tuple(only), dict(skip or {})), progress)
     start = time.perf_counter()
+    earlier = read_report(baseline) if baseline is not None else None
+    tester.eval_data = eval_data
     tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
+    if earlier is not None:
+        tester.regress(earlier)
     report.seconds = time.perf_counter() - start
     if report_dir is not None:
         publish(report, Path(report_dir))
@@ -84,6 +94,7 @@ class _Tester:
         self.config = read_base_config(base)
         self.paths: dict[str, Path] = {}
         self.tokens: list[int] = []
+        self.eval_data: str | Path | None = None
         command = _command(base, adapters, graph)
         self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
 
@@ -109,11 +120,13 @@ class _Tester:
 
     def run(self, greedy_tokens: int, measure_speed: bool, budgets: Budgets) -> Report:
         """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
-        if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM):
+        if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM) and self.eval_data is None:
             return self.report
         reference, seconds = self.load(greedy_tokens)
         for name in (BASE, *self.names):
             self.check(Stage.PYTORCH, self.checks[Stage.PYTORCH], reference, name)
+        if self.eval_data is not None:
+            self.evaluate(reference)
         if not self.wants(Stage.GRAPH, Stage.PROGRAM):
             return self.report
         for graph in self.graphs(reference):
@@ -136,6 +149,23 @@ class _Tester:
             self.progress("load", name)
             self.attach(reference, name, path)
         return reference, seconds + time.perf_counter() - begin
+
+    def evaluate(self, reference: Reference) -> None:
+        """Take the loss of base and adapters on the given text."""
+        rows = quality.read_rows(str(self.eval_data), tokenizer_of(self.base))
+        names = (BASE, *self.names)
+        found = quality.evaluate(reference, rows, names, lambda name: self.progress("evaluate", name))
+        self.report.measurements += found.measurements()
+        for name in names:
+            self.check(Stage.QUALITY, quality.CHECKS, found, name)
+
+    def regress(self, earlier: Report) -> None:
+        """Compare with an earlier report."""
+        changes = compare(earlier, self.report)
+        known = {s.name for s in earlier.subjects}
+        for subject in self.report.subjects:
+            if subject.name in known:
+                self.check(Stage.BASELINE, baseline_checks, changes, subject.name)
 
     def attach(self, reference: Reference, name: str, path: Path) -> None:
         """Load one adapter with PEFT; one that PEFT refuses is reported and left out, unless it is the last."""
@@ -167,7 +197,7 @@ class _Tester:
             candidate = stack.enter_context(opened(Stage.PROGRAM, graph, reference))
             for name in subjects:
                 self.check(Stage.PROGRAM, self.checks[Stage.PROGRAM], candidate, name)
-            if pytorch_seconds is None or self.report.measurements:
+            if pytorch_seconds is None or any(m.engine == "program" for m in self.report.measurements):
                 return
             found = self.measurements(reference, candidate.session, tuple(graph.fitted))
             loads = [("pytorch", pytorch_seconds), ("program", candidate.load_seconds)]
@@ -193,7 +223,8 @@ class _Tester:
 
     def check(self, stage: Stage, checks: Sequence[Check[C]], context: C, subject: str) -> None:
         """Ask the questions of one stage about one subject."""
-        selection = Selection(skip=self.selection.skip) if stage is Stage.EFFICIENCY else self.selection
+        asked_for = stage in (Stage.EFFICIENCY, Stage.QUALITY, Stage.BASELINE)  # by an option of their own
+        selection = Selection(skip=self.selection.skip) if asked_for else self.selection
         self.report.results += perform(stage, checks, context, subject, selection, self.progress)
 
 

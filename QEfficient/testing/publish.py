@@ -4,10 +4,15 @@
 from pathlib import Path
 
 from QEfficient.store import write_file
-from QEfficient.testing import render_html, render_json, render_junit
+from QEfficient.testing import render_html, render_json, render_junit, render_markdown
 from QEfficient.testing.report import Report
 
-FILES = {"report.json": render_json.render, "junit.xml": render_junit.render, "report.html": render_html.render}
+FILES = {
+    "report.json": render_json.render,
+    "junit.xml": render_junit.render,
+    "report.md": render_markdown.render,
+    "report.html": render_html.render,
+}
 """What is written, and by whom."""
 
 

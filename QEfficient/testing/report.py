@@ -34,7 +34,9 @@ class Stage(StrEnum):
     PYTORCH = "pytorch"
     GRAPH = "graph"
     PROGRAM = "program"
+    QUALITY = "quality"
     EFFICIENCY = "efficiency"
+    BASELINE = "baseline"
 
 
 @dataclass(frozen=True, slots=True)

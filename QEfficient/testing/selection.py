@@ -10,7 +10,7 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.options import suggest
-from QEfficient.testing import checks_adapter, checks_graph, checks_pytorch
+from QEfficient.testing import baseline, checks_adapter, checks_graph, checks_pytorch, quality
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 
@@ -19,6 +19,9 @@ GROUP = "qefficient.checks"
 
 Progress = Callable[[str, str], None]
 """Called with what is done (``"graph.prefill"``, ``"export"``) and for whom, before it is done."""
+
+
+_OPEN = (Stage.ADAPTER, Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM)
 
 
 def catalog() -> dict[Stage, tuple[Check[Any], ...]]:
@@ -32,6 +35,8 @@ def catalog() -> dict[Stage, tuple[Check[Any], ...]]:
         Stage.PYTORCH: checks_pytorch.CHECKS,
         Stage.GRAPH: checks_graph.CHECKS,
         Stage.PROGRAM: checks_graph.CHECKS,
+        Stage.QUALITY: quality.CHECKS,
+        Stage.BASELINE: baseline.CHECKS,
     }
     for entry in metadata.entry_points(group=GROUP):
         for stage, check in _loaded(entry):
@@ -46,7 +51,7 @@ def _loaded(entry: Any) -> list[tuple[Stage, Check[Any]]]:
         pairs = [(Stage(stage), check) for stage, check in entry.load()]
     except Exception as e:
         raise ConfigError(f"the checks of {entry.value} ({GROUP}) cannot be loaded: {type(e).__name__}: {e}") from e
-    if any(stage is Stage.EFFICIENCY or not isinstance(check, Check) for stage, check in pairs):
+    if any(stage not in _OPEN or not isinstance(check, Check) for stage, check in pairs):
         raise ConfigError(
             f"{entry.value} ({GROUP}) must give pairs of a stage (adapter, pytorch, graph, program) and a Check"
         )

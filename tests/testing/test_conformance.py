@@ -170,5 +170,5 @@ def test_report_dir_may_be_a_folder_of_its_own(folders: Folders, tmp_path: Path)
     """A report folder is made with its parents."""
     out = tmp_path / "a" / "b"
     testing.run(folders.base, adapters(folders), only=["adapter.*"], report_dir=out)
-    assert sorted(p.name for p in out.iterdir()) == ["junit.xml", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
     shutil.rmtree(out)

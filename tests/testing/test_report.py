@@ -128,7 +128,7 @@ def test_publish_replaces_an_earlier_report(tmp_path: Path):
     """All three files are written, over those of an earlier run, and nothing else stays."""
     publish(sample(fail=True), tmp_path)
     publish(sample(fail=False), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "pass"
 
 
