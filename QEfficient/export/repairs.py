@@ -60,6 +60,13 @@ def view(tensor: Tensor, *shape: Any, **kwargs: Any) -> Tensor:
     return tensor.reshape(*shape)
 
 
+def unsqueeze(tensor: Tensor, dim: int) -> Tensor:
+    """Return ``tensor.unsqueeze(dim)``, of a complex tensor by way of its two parts: ONNX has no complex numbers."""
+    if not tensor.is_complex():
+        return tensor.unsqueeze(dim)
+    return torch.view_as_complex(torch.view_as_real(tensor).unsqueeze(dim if dim >= 0 else dim - 1))
+
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: torch.detach,  # a traced tensor has no data of its own
     torch.linalg.solve: solve,
@@ -67,5 +74,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch.inverse: inverse,
     torch.sparse_coo_tensor: scatter_dense,
     torch.Tensor.view: view,
+    torch.Tensor.unsqueeze: unsqueeze,
+    torch.unsqueeze: unsqueeze,
     torch.Tensor.to_dense: lambda tensor, *_, **__: tensor,
 }

@@ -45,7 +45,7 @@ def main() -> int:
     if args.kind != "architectures":
         cases |= {f"methods/{m}": functools.partial(run_method, m) for m in METHODS}
     if args.only:
-        cases = {name: work for name, work in cases.items() if name.split("/")[1] in args.only}
+        cases = {n: w for only in args.only for n, w in cases.items() if n.split("/")[1] == only}
     elif args.again is not None:
         known = read_results(args.results)
         again = {n for n, r in known.items() if not args.again or r["outcome"] in args.again}
