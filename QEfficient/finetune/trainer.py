@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.finetune import checkpoints
@@ -50,6 +52,8 @@ class AdapterTrainer(Trainer):
             data_collator=collator,
         )
         self.add_callback(_EpochCallback(self.order, len(rows) // per_step(config)))
+        if config.fsdp:
+            self.add_callback(ShardedCallback())
         if config.keep_best or config.early_stopping:
             self.add_callback(BestCallback(config.early_stopping))
 
@@ -128,6 +132,19 @@ class _EpochCallback(TrainerCallback):
         self._order.epoch = state.global_step // self._steps
 
 
+class ShardedCallback(TrainerCallback):
+    """Makes sure that FSDP is what runs: losses alone would look the same without it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Look for parameters that are spread over processes.
+
+        Raises:
+            UnsupportedError: All of them are whole on each process.
+        """
+        if not any(isinstance(p, DTensor) for p in model.parameters()):
+            raise UnsupportedError(f"fsdp was asked for, but no parameter of {type(model).__name__} is sharded")
+
+
 class BestCallback(TrainerCallback):
     """Has a checkpoint written for each new lowest validation loss; stops when there has been none for a while.
 
@@ -173,11 +190,16 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
 
     Raises:
         UnsupportedError: FSDP is asked for where accelerate would run something else.
-        ConfigError: The processes cannot share the batch.
+        ConfigError: The processes cannot share the batch, or a tracker is not there.
     """
     if config.fsdp and not torch.cuda.is_available():
         raise UnsupportedError(
             "fsdp needs GPUs: on CPUs accelerate would silently run DDP, with all parameters everywhere"
+        )
+    missing = set(config.report_to) - set(get_available_reporting_integrations())  # type: ignore[no-untyped-call]
+    if missing:
+        raise ConfigError(
+            f"report_to {sorted(missing)[0]!r} is unknown to transformers, or its library is not installed"
         )
     steps = config.max_train_step or config.num_epochs * (rows // per_step(config))
     saving = config.save_steps or (steps + 1 if config.keep_best or config.early_stopping else 0)

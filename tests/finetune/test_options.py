@@ -16,7 +16,7 @@ from QEfficient.finetune.data import Example, tokenize
 from QEfficient.finetune.formats import Segment
 from QEfficient.finetune.model import apply_peft, load_model_and_tokenizer
 from QEfficient.finetune.train import train
-from QEfficient.finetune.trainer import split_batch, training_arguments
+from QEfficient.finetune.trainer import ShardedCallback, split_batch, training_arguments
 from tests.finetune.test_train import QUIET, run
 
 
@@ -189,3 +189,15 @@ def test_fsdp_on_a_cpu_is_refused(tmp_path: Path) -> None:
     """Accelerate would silently run DDP with all parameters on every process."""
     with pytest.raises(UnsupportedError, match="on CPUs accelerate would silently run DDP"):
         training_arguments(TrainConfig(fsdp=True), 8, tmp_path)
+
+
+def test_fsdp_that_does_not_shard_is_refused() -> None:
+    """Parameters that are whole on each process are noticed, whatever the losses say."""
+    with pytest.raises(UnsupportedError, match="no parameter of Linear is sharded"):
+        ShardedCallback().on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
+
+
+def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
+    """A tracker that is not there is named before training."""
+    with pytest.raises(ConfigError, match="report_to 'tensorbored' is unknown to transformers, or its library"):
+        training_arguments(TrainConfig(report_to=["tensorbored"]), 8, tmp_path)
