@@ -40,7 +40,7 @@ from QEfficient.testing.selection import Selection
 from QEfficient.testing.workload import make_workload
 from tests.testing.healthy import HEALTHY
 from tests.testing.planted_adapters import ADAPTER_FAULTS
-from tests.testing.planted_graphs import GRAPH_FAULTS, SESSION_FAULTS
+from tests.testing.planted_graphs import GRAPH_FAULTS, SESSION_FAULTS, GraphFault
 from tests.testing.planted_pytorch import MODEL_FAULTS
 from tests.tiny import VOCAB, lora, save_adapter, save_base
 
@@ -140,13 +140,19 @@ def graph_trials(case: str, root: Path) -> Iterator[Trial]:
         yield judge("session", kind.name, case, kind.checks, before, run)
 
 
+def _changes(fault: GraphFault, folder: Path) -> bool:
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    fault.plant(folder)
+    return any(p.read_bytes() != content for p, content in before.items())
+
+
 def _run(graph: Graph, reference: Reference, change: Callable[[Candidate], Candidate]) -> list[CheckResult]:
     with opened(Stage.GRAPH, graph, reference) as candidate:
         return _ask(GRAPH_CHECKS, Stage.GRAPH, change(candidate))
 
 
 def accusations(names: list[str], root: Path) -> Iterator[tuple[str, list[str]]]:
-    """Test sound adapters from files to program; yield what fails."""
+    """Test the files of sound adapters, and the models in PyTorch; yield what fails."""
     for name in names:
         style, make = HEALTHY[name]
         base = root / style

@@ -165,7 +165,7 @@ ADAPTER_FAULTS = (
     Fault("half of the tensors missing", ("adapter.coverage",), tensors(_half)),
     Fault("last layer missing", ("adapter.coverage",), dropped(_LAST_LAYER)),
     Fault("one tensor dropped", ("adapter.coverage",), dropped(r"\.(layers|h)\.0\..*(q_proj|c_attn|k_proj|qkv_proj).*(lora_B|ia3_l|oft_R|hada_w1_a)")),
-    Fault("module lost from the config", ("adapter.coverage",), config(target_modules=["down_proj", "o_proj"]), lora=True),
+    Fault("module lost from the config", ("adapter.coverage", "adapter.shapes"), config(target_modules=["down_proj", "o_proj"]), lora=True),
     Fault("module added to the config", ("adapter.coverage",), config(modules_to_save=["norm", "ln_f"])),
     Fault("layers restricted", ("adapter.coverage",), config(layers_to_transform=[0], target_modules=_short), lora=True),
     Fault("DoRA magnitudes lost", ("adapter.coverage",), config(use_dora=True), lora=True),
