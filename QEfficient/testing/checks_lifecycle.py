@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import torch
 from peft import PeftModel
-from safetensors.numpy import load_file
 
 from QEfficient.contract import BASE
+from QEfficient.peft.adapters import read_tensors
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.compare import FLOAT32_NOISE, LOGITS_TOLERANCE, Logits
 from QEfficient.testing.known import explain
@@ -126,18 +126,8 @@ def _ask_reload(reference: Reference, subject: str) -> Finding:
 
 def _differing(saved: Path, original: Path) -> list[str]:
     """Return names of tensors that are not, in value, those of the original file; extra ones of the base are left out."""
-    a, b = (load_any(p / "adapter_model.safetensors") for p in (saved, original))
+    a, b = (read_tensors(p / "adapter_model.safetensors") for p in (saved, original))
     return sorted(k for k in a if k in b and not np.array_equal(a[k], b[k], equal_nan=True))
-
-
-def load_any(path: Path) -> dict[str, Any]:
-    """Return the tensors of a file as float32, bfloat16 included."""
-    from QEfficient.peft.adapters import read_tensors
-
-    try:
-        return {k: v.astype(np.float32) for k, v in load_file(path).items()}
-    except (TypeError, ValueError, KeyError, AttributeError):
-        return {k: v.astype(np.float32) for k, v in read_tensors(path).items()}
 
 
 def _forget(model: Any) -> None:
