@@ -191,17 +191,30 @@ def learn(program: Program, fakes: Fakes) -> None:
     Raises:
         UnsupportedError: The model keeps no key/value cache.
     """
-    cache = ShapeCache()
-    _set_attention(program.inner, ONNX_ATTENTION)
-    learning = Learning(find_layers(program.inner), cache)
-    with fakes.mode, tracing(fakes.positions, _SEQUENCE) as call, learning:
-        program.run(fakes.ids, fakes.positions, cache, fakes.tensors(program))
+    try:
+        cache, learning, attention_nodes = _try(program, fakes, ONNX_ATTENTION)
+        written_out = attention_nodes < cache.updates
+    except UnsupportedError:
+        raise
+    except Exception:  # attention that is written out need not stand a mask that is not there
+        cache, learning, _ = _try(program, fakes, EAGER_ATTENTION)
+        written_out = True
     if not cache.shapes:
         raise UnsupportedError(f"{type(program.inner).__name__} keeps no cache that can be exported")
-    if call.attention_nodes < cache.updates:
+    if written_out:
         _set_attention(program.inner, EAGER_ATTENTION)
     program.shapes, program.followers = cache.shapes, learning.followers
     program.leave_out_followers()
+
+
+def _try(program: Program, fakes: Fakes, attention: str) -> tuple[ShapeCache, Learning, int]:
+    """Run the model once; return what it kept, which layers are alike, and how many ``Attention`` operators it emitted."""
+    cache = ShapeCache()
+    _set_attention(program.inner, attention)
+    learning = Learning(find_layers(program.inner), cache)
+    with fakes.mode, tracing(fakes.positions, _SEQUENCE) as call, learning:
+        program.run(fakes.ids, fakes.positions, cache, fakes.tensors(program))
+    return cache, learning, call.attention_nodes
 
 
 def _set_attention(inner: nn.Module, implementation: str) -> None:
