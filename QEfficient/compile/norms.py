@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Root-mean-square norms as one kernel, and the residual sum before them in the same one.
 
-ONNX Runtime does not find these chains itself (it looks for a division where PyTorch's ``rsqrt`` becomes a reciprocal);
-layer norms and SiLU it does, so they are not looked for here.
+ONNX Runtime does not find these chains itself, with PyTorch's ``rsqrt`` as root and reciprocal. SiLU it does find, and layer
+norms are one operator already, so they are not looked for here.
 """
 
 import onnx_ir as ir
