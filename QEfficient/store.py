@@ -27,6 +27,14 @@ def cache_root() -> Path:
     return Path(cache) / "qeff_models"
 
 
+def is_local(path: str | Path) -> bool:
+    """Return whether ``path`` means a place on this machine, not ``name`` or ``owner/name`` on the Hub."""
+    text = str(path)
+    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
+        return True
+    return "/" in text and Path(text).parent.is_dir()
+
+
 def digest_file(path: Path) -> str:
     """Return the xxh3-128 digest of a file's bytes, in hex."""
     hasher = xxhash.xxh3_128()

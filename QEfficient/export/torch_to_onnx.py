@@ -58,7 +58,7 @@ def export_graph(
     if logits not in LOGITS_CHOICES:
         raise ConfigError(f"logits must be one of {', '.join(LOGITS_CHOICES)}, not {logits!r}")
     if adapter_name is not None:
-        refuse(model.peft_config[adapter_name])  # type: ignore[union-attr, index]
+        refuse(model.peft_config[adapter_name])  # type: ignore[index, arg-type]
     skeleton = skeleton_of(model)
     lifted = lift(skeleton, adapter_name)
     base = _Base.of(model, lifted, checkpoint)

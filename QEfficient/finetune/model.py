@@ -18,6 +18,7 @@ from QEfficient.errors import ConfigError
 from QEfficient.finetune.config import TrainConfig, read_mapping
 from QEfficient.finetune.rules import check_method
 from QEfficient.options import suggest
+from QEfficient.store import is_local
 
 # Options of ours that are fields of a PEFT config; of the same name unless told.
 _FIELDS = {
@@ -180,7 +181,7 @@ def _checked_name(name: str, field: str) -> str:
         return str(path)
     if path.exists():
         raise ConfigError(f"{field}: {name!r} is a file; name the folder that holds the model")
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if is_local(name):
         raise ConfigError(f"{field}: there is no folder {name!r}")
     return name
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from QEfficient.contract import ADAPTERS_DIR, BASE, NEUTRAL_FILE, AdapterSpec, Manifest
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError
 from QEfficient.export.lift import graph_fields, lift, plain
-from QEfficient.store import write_file
+from QEfficient.store import is_local, write_file
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -242,14 +242,6 @@ def _fit_tensor(adapter: str, spec: AdapterSpec, array: np.ndarray | None, rank:
     padding = [(0, want - have) for want, have in zip(shape, array.shape, strict=True)]
     padded = np.pad(array, padding) if any(p != (0, 0) for p in padding) else array
     return np.asarray(padded, dtype=spec.dtype, order="C")
-
-
-def is_local(path: str | Path) -> bool:
-    """Return whether ``path`` means a place on this machine, not ``name`` or ``owner/name`` on the Hub."""
-    text = str(path)
-    if isinstance(path, Path) or text.startswith((".", "/", "~")) or text.endswith("/") or text.count("/") > 1:
-        return True
-    return "/" in text and Path(text).parent.is_dir()
 
 
 def describe(config: PeftConfig) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from QEfficient.errors import AdapterMismatchError, ConfigError
 from QEfficient.export.lift import inner_model
-from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, is_local, read_config, read_tensors, resolve
+from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, read_config, read_tensors, resolve
+from QEfficient.store import is_local
 
 
 def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **kwargs: Any) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from QEfficient.errors import ConfigError
+from QEfficient.store import is_local
 from QEfficient.testing.adapter_files import AdapterFiles
 from QEfficient.testing.report import Subject
 from QEfficient.testing.text import counted, size
@@ -18,7 +19,7 @@ def read_base_config(base: str) -> Any:
     Raises:
         ConfigError: There is no model at that place.
     """
-    if base.startswith((".", "/", "~")) and not Path(base).expanduser().is_dir():
+    if is_local(base) and not Path(base).expanduser().is_dir():
         raise ConfigError(f"base folder {base!r} does not exist")
     try:
         return AutoConfig.from_pretrained(base)
