@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``QEffAutoPeftModelForCausalLM``: a PEFT model that can be exported, compiled and run, adapters as inputs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +232,9 @@ class QEffAutoPeftModelForCausalLM:
         ctx_len: int | None = None,
         target: str = "onnxruntime",
         precision: str = "fp32",
+        block_size: int = 32,
+        symmetric: bool = True,
+        keep: Sequence[str] = (),
     ) -> Path:
         """Compile the graph to a program for this machine; exports first if that has not been done.
 
@@ -242,7 +245,10 @@ class QEffAutoPeftModelForCausalLM:
             prefill_seq_len: Most tokens of a prompt in one call.
             ctx_len: Longest context; default: the base's own, at most 2048.
             target: What to compile for.
-            precision: Type of the base's weights.
+            precision: How the base's weights are held: ``"fp32"``, or in blocks of integers, ``"int8"`` or ``"int4"``.
+            block_size: Weights that share a scale: smaller blocks are more exact and slower.
+            symmetric: Blocks have no zero point.
+            keep: Patterns of weight names that stay one step higher.
 
         Returns:
             The program's folder; ``qconfig.json`` in its parent records these options.
@@ -263,6 +269,9 @@ class QEffAutoPeftModelForCausalLM:
             folder,
             target=target,
             precision=precision,
+            block_size=block_size,
+            symmetric=symmetric,
+            keep=keep,
             batch_size=batch_size,
             prefill_seq_len=min(prefill_seq_len, ctx_len),
             ctx_len=ctx_len,

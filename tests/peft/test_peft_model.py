@@ -352,6 +352,20 @@ def test_compile_options_are_checked(compiled: QEffAutoPeftModelForCausalLM) -> 
         compiled.compile(target="onxruntime")
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_precisions_run(compiled: QEffAutoPeftModelForCausalLM, precision: str, tmp_path: Path) -> None:
+    """A program of integer weights is another program, and still writes mostly what float32 writes."""
+    inputs = prompts()
+    want = compiled.generate(**inputs, max_new_tokens=1)[:, -1]
+    exact = compiled.qpc_path
+    try:
+        assert compiled.compile(prefill_seq_len=8, ctx_len=128, precision=precision, block_size=16) != exact
+        got = compiled.generate(**inputs, max_new_tokens=1)[:, -1]
+        assert int((got == want).sum()) >= (4 if precision == "int8" else 2)
+    finally:
+        compiled.compile(prefill_seq_len=8, ctx_len=128)
+
+
 def test_other_methods_run_too(tmp_path: Path) -> None:
     """IA3 is exported by the same mechanism, and equals PyTorch."""
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
