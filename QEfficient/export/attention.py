@@ -75,7 +75,7 @@ def onnx_attention(
     dropout: float = 0.0,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Emit ``Attention`` for transformers' attention interface.
 
@@ -89,11 +89,14 @@ def onnx_attention(
         dropout: Ignored: the model is not training.
         softcap: Bound of the scores, if the model has one.
         s_aux: Attention sinks, ``(H,)``: computed in plain operators, since ``Attention`` has none.
+        **others: What models pass along; what would change the result is refused.
 
     Returns:
         ``(B, S, H, D_v)`` and no attention weights.
     """
     call = _CALL.get()
+    if unknown := [name for name in ("position_bias", "head_mask") if others.get(name) is not None]:
+        raise UnsupportedError(f"the model gives its attention {' and '.join(unknown)}, which is not exported")
     if s_aux is not None:
         return _sink_attention(query, key, value, attention_mask, scaling, s_aux), None
     attributes: dict[str, Any] = {"is_causal": int(attention_mask is None)}

@@ -100,7 +100,8 @@ class RowPositions(TorchFunctionMode):
             made = func(*args, **kwargs)
             if made.dim() == 1:
                 return self._mark(made)
-            if made.dim() != 2:
+            behind = (name == "unsqueeze" and args[1] != 0) or (name == "__getitem__" and args[1][0] is not None)
+            if made.dim() != 2 or behind:
                 raise UnsupportedError(f"the model gives its positions {made.dim()} dimensions")
             return made + self.starts[:, None]
         if name == "__getitem__":
