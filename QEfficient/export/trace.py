@@ -146,7 +146,9 @@ def _explained(inner: nn.Module) -> Iterator[None]:
     except UnsupportedError:
         raise
     except Exception as e:
-        cause = e.__cause__ or e
+        cause: BaseException = e
+        while cause.__cause__ is not None:  # the exporter wraps what happened several times
+            cause = cause.__cause__
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         reason = lines[0][:300] if lines else ""
         raise UnsupportedError(f"{type(inner).__name__} cannot be exported: {type(cause).__name__}: {reason}") from e

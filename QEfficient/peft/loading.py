@@ -26,14 +26,23 @@ def load_base(base: str | Path, *, dtype: torch.dtype | str = torch.float32, **k
     Raises:
         ConfigError: There is no model in that place.
     """
-    if is_local(base) and not Path(base).is_dir():
-        raise ConfigError(f"base folder {str(base)!r} does not exist")
+    check_base(base)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(base), dtype=dtype, **kwargs)
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def check_base(base: str | Path) -> None:
+    """Refuse a base that names a folder which is not there.
+
+    Raises:
+        ConfigError: With its name.
+    """
+    if is_local(base) and not Path(base).is_dir():
+        raise ConfigError(f"base folder {str(base)!r} does not exist")
 
 
 def checkpoint_folder(base: str | Path) -> Path | None:

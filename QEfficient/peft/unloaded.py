@@ -16,7 +16,7 @@ from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
 from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
 from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
-from QEfficient.peft.loading import checkpoint_folder
+from QEfficient.peft.loading import check_base, checkpoint_folder
 from QEfficient.store import cache_root
 
 
@@ -37,6 +37,7 @@ def export_adapters(
     Raises:
         QEffError: As :meth:`QEffAutoPeftModelForCausalLM.from_base` and its ``export``.
     """
+    check_base(base)
     read = {check_name(name): Adapter.load(path, name) for name, path in adapters.items()}
     found = checkpoint_folder(base)
     skeleton = _skeleton(base, read) if found is not None and read else None

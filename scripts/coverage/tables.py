@@ -73,6 +73,6 @@ def _section(title: str, results: list[tuple[str, dict[str, Any]]]) -> list[str]
     if grouped:
         lines += ["| does not | outcome | reason |", "|---|---|---|"]
         for (outcome, reason), names in sorted(grouped.items()):
-            lines.append(f"| {', '.join(names)} | {outcome} | {reason.replace('|', '/')} |")
+            lines.append(f"| {', '.join(names)} | {outcome} | {reason.replace('|', '/').replace('](', '] (')} |")
         lines.append("")
     return lines
