@@ -29,12 +29,13 @@ import torch
 from transformers import AutoConfig
 
 from QEfficient import testing
+from QEfficient.peft.loading import load_base
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.checks_graph import CHECKS as GRAPH_CHECKS
 from QEfficient.testing.checks_pytorch import CHECKS as PYTORCH_CHECKS
 from QEfficient.testing.graphs import Graph, export_graphs, opened
-from QEfficient.testing.reference import Reference, load_base
+from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.selection import Selection
 from QEfficient.testing.workload import make_workload
@@ -99,7 +100,7 @@ def _loaded(root: Path, case: str) -> Reference:
         save_base(base, style)
         save_adapter(base, root / "one", seed=1, config=make())
         save_adapter(base, root / "two", seed=2, config=lora(r=2, lora_alpha=8, target_modules=make().target_modules))
-    made = Reference(load_base(str(base)), make_workload(VOCAB, 256, greedy_tokens=8))
+    made = Reference(load_base(base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
     for name in ("one", "two"):
         made.attach(name, root / name)
     return made

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from QEfficient.contract import BASE
-from QEfficient.errors import AdapterMismatchError, ConfigError
+from QEfficient.errors import AdapterMismatchError
 from QEfficient.testing.workload import Tokens, Workload
 
 Logits = npt.NDArray[np.float32]
@@ -137,18 +137,6 @@ class Reference:
             )
         logits: Logits = out.logits[0].float().numpy()
         return logits[-(keep or len(tokens)) :]  # behind the virtual tokens of prompt learning
-
-
-def load_base(base: str) -> Any:
-    """Load the base in float32, with the attention that follows the model's definition to the letter.
-
-    Raises:
-        ConfigError: There is no model at that place.
-    """
-    try:
-        return AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot load the base {base!r}: {str(e).strip().splitlines()[0]}") from e
 
 
 def tokenizer_of(base: str) -> Callable[[str], list[int]] | None:

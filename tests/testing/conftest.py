@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from QEfficient.peft.loading import load_base
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.graphs import Graph, export_graphs, opened
-from QEfficient.testing.reference import Reference, load_base
+from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Stage
 from QEfficient.testing.workload import make_workload
 from tests.tiny import VOCAB, lora, save_adapter, save_base
@@ -52,7 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 @pytest.fixture(scope="session")
 def reference(folders: Folders) -> Reference:
     """Load base and adapters in PyTorch; tests must not change it."""
-    made = Reference(load_base(str(folders.base)), make_workload(VOCAB, 256, greedy_tokens=8))
+    made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
     made.attach("one", folders.one)
     made.attach("two", folders.two)
     return made

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from QEfficient import testing
+from QEfficient.peft.loading import load_base
 from QEfficient.testing.checks_pytorch import CHECKS
-from QEfficient.testing.reference import Reference, load_base
+from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.workload import make_workload
 from tests.testing.conftest import Folders
@@ -18,7 +19,7 @@ from tests.tiny import VOCAB, lora, save_adapter, save_base
 
 def loaded(base: Path, **adapters: Path) -> Reference:
     """Load a model that a test may damage."""
-    made = Reference(load_base(str(base)), make_workload(VOCAB, 256, greedy_tokens=8))
+    made = Reference(load_base(base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
     for name, path in adapters.items():
         made.attach(name, path)
     return made

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from QEfficient.peft.loading import load_base
 from QEfficient.testing.checks_pytorch import CHECKS
-from QEfficient.testing.reference import Reference, load_base
+from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.workload import make_workload
 from tests.testing.conftest import Folders
@@ -18,7 +19,7 @@ ADAPTER = [c.name for c in CHECKS if c.of_adapters]
 @pytest.fixture
 def own(folders: Folders) -> Reference:
     """Load a model that a test may damage."""
-    made = Reference(load_base(str(folders.base)), make_workload(VOCAB, 256, greedy_tokens=8))
+    made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
     made.attach("one", folders.one)
     return made
 
@@ -47,7 +48,7 @@ def test_effect_is_what_the_adapter_changes(reference: Reference):
 
 def test_untrained_adapter_fails(folders: Folders, tmp_path: Path):
     """An adapter whose output equals the base's fails."""
-    made = Reference(load_base(str(folders.base)), make_workload(VOCAB, 256))
+    made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256))
     made.attach("one", save_adapter(folders.base, tmp_path / "untrained", scale=0.0))
     found = ask("effect", made)
     assert (found.outcome, found.measured) == (Outcome.FAIL, 0.0)
