@@ -41,6 +41,13 @@ ONE_TOKEN = "one_token"
 """Manifest option of a graph or program: a call takes one token of each row, and every row has one, since each token changes
 a recurrent state. A session splits calls. A row whose position is 0 begins with an empty state."""
 
+MIXED = "mixed"
+"""Manifest option of a program: rows of one call may run with different adapters. The adapters stand side by side along the
+rank, and the input ``ADAPTER_MASK`` says which ranks count for which row."""
+
+ADAPTER_MASK = "adapter_mask"
+"""Input of a mixed program, ``(batch_size or 1, 1, rank)`` float32: 1 where a rank counts for a row, else 0."""
+
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:

@@ -9,7 +9,8 @@
     ├── AdapterNotFoundError (LookupError)  no adapter of that name or at that place
     ├── ArtifactError (ValueError)          a graph, program or checkpoint on disk is not whole
     ├── UnsupportedError (NotImplementedError)  a model, method or target that we cannot handle
-    └── NotCompiledError (RuntimeError)     a call that needs an export or compile first
+    ├── NotCompiledError (RuntimeError)     a call that needs an export or compile first
+    └── QueueFullError (RuntimeError)       a server has no room for one more request now
 
 Every error also is the built-in that callers expect. A wrong type stays ``TypeError``.
 Commands print a ``QEffError`` as one line and exit with code 2.
@@ -42,3 +43,7 @@ class UnsupportedError(QEffError, NotImplementedError):
 
 class NotCompiledError(QEffError, RuntimeError):
     """A call that needs ``export`` or ``compile`` first."""
+
+
+class QueueFullError(QEffError, RuntimeError):
+    """As many requests wait as may wait; try again later."""

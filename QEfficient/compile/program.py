@@ -36,6 +36,7 @@ def compile_graph(
     batch_size: int | None = None,
     prefill_seq_len: int = 128,
     ctx_len: int | None = None,
+    mixed: bool = False,
     out: Path | None = None,
     verify: bool = True,
 ) -> Path:
@@ -51,6 +52,8 @@ def compile_graph(
         batch_size: Rows that sessions will use, recorded for them; ``None``: any.
         prefill_seq_len: Most tokens of a prompt in one call.
         ctx_len: Longest context that sessions may use; ``None``: the base's own.
+        mixed: Let rows of one call run with different adapters, where the adapter's tensors can carry that (LoRA's can); costs one
+            more multiplication for each module. For an engine; it groups rows by adapter otherwise.
         out: Folder that ``qpc-<hash>`` is put into; default: ``graph``.
         verify: Check the graph's files against its manifest first. Otherwise they are compiled as they are, whatever the
             manifest says; their own digests identify the program then.
@@ -75,6 +78,7 @@ def compile_graph(
         "batch_size": batch_size,
         "prefill_seq_len": prefill_seq_len,
         "ctx_len": ctx_len,
+        **({"serve_mixed": True} if mixed else {}),
     }
     if verify:
         verify_files(graph, manifest.files)
@@ -101,7 +105,9 @@ def _write(
 ) -> None:
     program = aside / PROGRAM_DIR
     program.mkdir()
-    lowered = target.lower(graph, manifest, precision, program, ctx_len=options["ctx_len"])
+    lowered = target.lower(
+        graph, manifest, precision, program, ctx_len=options["ctx_len"], mixed=bool(options.get("serve_mixed"))
+    )
     files = record_files(program)
     for name, recorded in lowered.files.items():
         if name in {MODEL_FILE, MANIFEST_FILE} or (program / name).exists():

@@ -4,6 +4,7 @@
 import hashlib
 import importlib.metadata
 import platform
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,12 +15,13 @@ from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, 
 from QEfficient.compile.attention import FuseCacheAttention
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
+from QEfficient.compile.mixed import MaskAdapterRanks
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.values import CONTRIB
 from QEfficient.compile.weightfile import files_of, store_weights
-from QEfficient.contract import MODEL_FILE, ONE_ROW_CHUNKS, Manifest
+from QEfficient.contract import MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.options import suggest
 
@@ -43,9 +45,18 @@ class Target(Protocol):
         """Return versions and machine: a program made under another identity is not used."""
 
     def lower(
-        self, graph: Path, manifest: Manifest, precision: Precision, folder: Path, *, ctx_len: int | None = None
+        self,
+        graph: Path,
+        manifest: Manifest,
+        precision: Precision,
+        folder: Path,
+        *,
+        ctx_len: int | None = None,
+        mixed: bool = False,
     ) -> Manifest:
         """Write the program of the graph folder ``graph`` into ``folder``, except for files that it shares with the graph.
+
+        With ``mixed``, rows of one call may run with different adapters, where the adapter's tensors can carry that.
 
         Returns:
             The manifest of the program, with the files that are shared; the caller adds files and options of its own.
@@ -77,7 +88,14 @@ class OnnxRuntime:
         )
 
     def lower(
-        self, graph: Path, manifest: Manifest, precision: Precision, folder: Path, *, ctx_len: int | None = None
+        self,
+        graph: Path,
+        manifest: Manifest,
+        precision: Precision,
+        folder: Path,
+        *,
+        ctx_len: int | None = None,
+        mixed: bool = False,
     ) -> Manifest:
         """Apply the passes; weights that stay as they are stay where they are, others go into a file of the program's own."""
         model = ir.load(graph / MODEL_FILE)
@@ -87,17 +105,26 @@ class OnnxRuntime:
         quantized = QuantizeWeights(precision)
         model, changed = quantized.apply(model)
         model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
+        specs = lowered_specs(model, manifest.adapter)
+        masked = False
+        if mixed:
+            bound = Counter(s.joined or s.name for s in specs if s.bound)
+            model, masked = MaskAdapterRanks(dict(bound)).apply(model)
         # Without the large weights, the graph's own file is not worth keeping for the rest.
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)
         unused = before - files_of(model)
         one_row_chunks = any(n.op_type == "GroupQueryAttention" and n.domain == CONTRIB for n in model.graph)
-        options: dict[str, Any] = {**manifest.options, ONE_ROW_CHUNKS: one_row_chunks}
+        options: dict[str, Any] = {
+            **manifest.options,
+            ONE_ROW_CHUNKS: one_row_chunks,
+            **({MIXED: True} if masked else {}),
+        }
         if changed:
             options["quantized"] = quantized.errors
         return replace(
             manifest,
-            adapter=lowered_specs(model, manifest.adapter),
+            adapter=specs,
             files={name: recorded for name, recorded in manifest.files.items() if name not in unused},
             options=options,
         )

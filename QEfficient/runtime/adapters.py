@@ -80,6 +80,11 @@ def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
     return whole
 
 
+def rank_of(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> int:
+    """Return the size of the dynamic dimension; 1 if no tensor has one."""
+    return next((tensors[s.name].shape[s.shape.index("rank")] for s in specs if "rank" in s.shape), 1)
+
+
 def neutral_tensors(specs: Sequence[AdapterSpec], file: Path) -> dict[str, Array]:
     """Return what to bind for the base: zeros of rank 1, but for the tensors that ``file`` holds."""
     tensors = {s.name: np.zeros([1 if isinstance(d, str) else d for d in s.shape], s.dtype) for s in specs}

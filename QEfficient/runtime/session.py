@@ -17,9 +17,11 @@ import onnxruntime
 import psutil
 
 from QEfficient.contract import (
+    ADAPTER_MASK,
     BASE,
     INPUT_IDS,
     LOGITS,
+    MIXED,
     MODEL_FILE,
     NEUTRAL_FILE,
     ONE_ROW_CHUNKS,
@@ -31,7 +33,7 @@ from QEfficient.contract import (
 )
 from QEfficient.errors import AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
 from QEfficient.options import suggest
-from QEfficient.runtime.adapters import neutral_tensors, place, validate
+from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, validate
 from QEfficient.store import verify_files
 
 Array = npt.NDArray[Any]
@@ -119,7 +121,7 @@ class OrtSession:
         self._last: dict[int, tuple[int, Array]] = {}  # row -> position and logits of its last token, if one_token
         self._states: dict[str, Array] = {}
         self._batch_size = self._ctx_len = self._filled = 0
-        base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE)
+        base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE) | self._mask(1)
         self._adapters: dict[str, dict[str, Array]] = {BASE: base}
         self._active = BASE
         self._bindings: dict[str, Any] = {}  # of the cache and an adapter, made when first used
@@ -244,7 +246,7 @@ class OrtSession:
         if name == BASE:
             raise ConfigError(f"{BASE!r} names the base without an adapter; give the adapter another name")
         validate(name, tensors, self.manifest.adapter)
-        placed = place(tensors, self.manifest.adapter)
+        placed = place(tensors, self.manifest.adapter) | self._mask(rank_of(tensors, self.manifest.adapter))
         with self._lock:
             self._bindings.pop(name, None)
             self._adapters[name] = placed
@@ -282,6 +284,10 @@ class OrtSession:
             "cache": sum(s.nbytes for s in self._states.values()),
             "adapters": sum(t.nbytes for tensors in self._adapters.values() for t in tensors.values()),
         }
+
+    def _mask(self, rank: int) -> dict[str, Array]:
+        """Return the input of a mixed program that lets every rank count for every row."""
+        return {ADAPTER_MASK: np.ones((1, 1, rank), np.float32)} if self.manifest.options.get(MIXED) else {}
 
     def _known(self, name: str) -> None:
         if name not in self._adapters:

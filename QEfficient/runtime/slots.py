@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A session whose rows run with different adapters, and whose calls take some of the rows.
+
+In a mixed program (``MIXED`` of the contract) the adapters of a call stand side by side along the rank, and a mask says which ranks
+count for which row. In any other program a call takes rows of one adapter.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from QEfficient.contract import BASE, MIXED, RETAINED
+from QEfficient.runtime.mixing import Mixture
+from QEfficient.runtime.session import OrtSession, _bind_input, _bind_output
+
+Array = npt.NDArray[Any]
+
+_KEPT_BINDINGS = 64
+
+
+class SlotSession(OrtSession):
+    """An :class:`OrtSession` that is told rows and adapters with each call. Adapters may come and go from other threads."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.mixed = bool(self.manifest.options.get(MIXED))
+        self._mixture = Mixture(self.manifest.adapter)
+        self._slot_bindings: dict[tuple[Any, ...], Any] = {}
+
+    def run_slots(self, first: int, ids: Array, positions: Array, adapters: Sequence[str]) -> Array:
+        """Advance rows ``first`` to ``first + B - 1`` and return the logits behind each row's last token, ``(B, V)``.
+
+        Args:
+            first: The first row.
+            ids: ``(B, S)``; several columns only for a single row, without padding.
+            positions: ``(B, S)``.
+            adapters: The adapter of each row.
+        """
+        ids, positions = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(positions, np.int64)
+        if self._one_token and ids.shape[1] > 1:
+            for column in range(ids.shape[1]):
+                at = slice(column, column + 1)
+                logits = self.run_slots(first, ids[:, at], positions[:, at], adapters)
+            return logits
+        if self.mixed or len(set(adapters)) == 1:
+            with self._lock:  # an adapter that is unloaded meanwhile takes its bindings away
+                alike = len(set(adapters)) == 1
+                binding = (
+                    self._binding_of(first, len(ids), adapters[0]) if alike else self._mixed_binding(first, adapters)
+                )
+                return self._call(binding, ids, positions)[:, -1]
+        parts, start = [], 0
+        for end in range(1, len(adapters) + 1):
+            if end == len(adapters) or adapters[end] != adapters[start]:
+                parts.append(self.run_slots(first + start, ids[start:end], positions[start:end], adapters[start:end]))
+                start = end
+        return np.concatenate(parts)
+
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` positions of a row over another row's."""
+        for spec in self.manifest.states:
+            state = self._states[spec.name]
+            filled = self._filled_part(spec.shape, length)
+            state[target][filled] = state[source][filled]
+
+    def permute(self, order: Sequence[int], length: int) -> None:
+        """Let row ``i`` become what row ``order[i]`` was, for the first ``len(order)`` rows and ``length`` positions."""
+        for spec in self.manifest.states:
+            view = self._states[spec.name][(slice(0, len(order)), *self._filled_part(spec.shape, length))]
+            view[...] = view[list(order)]
+
+    def unload_adapter(self, name: str) -> None:
+        """See :meth:`OrtSession.unload_adapter`."""
+        with self._lock:
+            super().unload_adapter(name)
+            self._mixture.forget(name)
+            self._slot_bindings = {key: b for key, b in self._slot_bindings.items() if key[2] != name}
+
+    @staticmethod
+    def _filled_part(shape: tuple[int | str, ...], length: int) -> tuple[slice, ...]:
+        if "ctx_len" not in shape:
+            return ()
+        return (*(slice(None),) * (shape.index("ctx_len") - 1), slice(0, length))
+
+    def _binding_of(self, first: int, rows: int, adapter: str) -> Any:
+        key = (first, rows, adapter)
+        if key not in self._slot_bindings:
+            binding = self._bind_rows(first, rows)
+            for name, tensor in self._adapters[adapter].items():
+                _bind_input(binding, name, tensor)
+            self._keep(key, binding)
+        return self._slot_bindings[key]
+
+    def _mixed_binding(self, first: int, adapters: Sequence[str]) -> Any:
+        if self._mixture.hold({n: self._adapters[n] for n in adapters if n != BASE}):
+            self._slot_bindings = {key: b for key, b in self._slot_bindings.items() if key[2] is not None}
+        key = (first, len(adapters), None)
+        if key not in self._slot_bindings:
+            binding = self._bind_rows(first, len(adapters))
+            for name, tensor in self._mixture.tensors.items():
+                _bind_input(binding, name, tensor)
+            self._keep(key, binding)
+        binding = self._slot_bindings[key]
+        name, mask = self._mixture.mask(adapters)
+        _bind_input(binding, name, mask)
+        return binding
+
+    def _keep(self, key: tuple[Any, ...], binding: Any) -> None:
+        while len(self._slot_bindings) >= _KEPT_BINDINGS:
+            del self._slot_bindings[next(iter(self._slot_bindings))]
+        self._slot_bindings[key] = binding
+
+    def _bind_rows(self, first: int, rows: int) -> Any:
+        binding = self._ort.io_binding()
+        for name, state in self._states.items():
+            part = state[first : first + rows]
+            _bind_input(binding, name, part)
+            _bind_output(binding, name + RETAINED, part)
+        return binding
