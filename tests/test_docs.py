@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from QEfficient.cloud.__main__ import COMMANDS
 
@@ -22,10 +23,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_and_options_exist(page: Path) -> None:
-    """A ``qefficient`` command in a console block names a command, and options that its source declares."""
-    for block in re.findall(r"```console\n(.*?)```", page.read_text(), re.S):
+    """A ``qefficient`` command in a console or workflow names a command, and options that its source declares."""
+    for block in re.findall(r"```(?:console|yaml)\n(.*?)```", page.read_text(), re.S):
         for line in block.splitlines():
-            words = line.removeprefix("$ ").split()
+            words = line.strip().removeprefix("$ ").split()
             if words[:1] != ["qefficient"]:
                 continue
             assert words[1] in COMMANDS, line
@@ -33,6 +34,15 @@ def test_commands_and_options_exist(page: Path) -> None:
             source += (ROOT / "QEfficient" / "finetune" / "config.py").read_text() if words[1] == "finetune" else ""
             for option in (w for w in words if w.startswith("--")):
                 assert f"    {option[2:].replace('-', '_')}: " in source, f"{option} in: {line}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_workflows_are_yaml(page: Path) -> None:
+    """What a page shows as YAML can be pasted into a file: it is a mapping with nothing empty."""
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(), re.S):
+        content = yaml.safe_load(block)
+        assert isinstance(content, dict)
+        assert all(content.values())
 
 
 def test_readme_commands_are_scripts() -> None:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``docs/checks.md`` and ``docs/report.md``, made from the checks and from the report's dataclasses.
+"""``docs/checks.md``, ``docs/report.md`` and ``docs/report.schema.json``, made from the checks and the report's dataclasses.
 
-``python -m QEfficient.testing.document docs`` writes both; a test keeps them up to date.
+``python -m QEfficient.testing.document docs`` writes them; a test keeps them up to date.
 """
 
 import dataclasses
 import inspect
+import json
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
-from QEfficient.testing import checks_efficiency, report
+from QEfficient.testing import checks_efficiency, render_json, report
 from QEfficient.testing.check import Check
 from QEfficient.testing.report import Stage
 from QEfficient.testing.selection import GROUP, catalog
@@ -57,7 +58,7 @@ def schema() -> str:
     lines = [
         "# The report as JSON",
         "",
-        f"`report.json`, schema version {report.SCHEMA_VERSION}. Generated from the dataclasses; `QEfficient.testing.render_json.schema()` is the JSON Schema.",
+        f"`report.json`, schema version {report.SCHEMA_VERSION}. Generated from the dataclasses; [report.schema.json](report.schema.json) is its JSON Schema.",
         "The version grows when a key changes its meaning or goes; new keys alone do not change it. Besides the keys of `Report` there are `verdict`",
         '(`"pass"` or `"fail"`) and `summary` (one sentence). Numbers that are not finite are `null`.',
     ]
@@ -104,7 +105,12 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("``", "`")
 
 
-PAGES = {"checks.md": checks, "report.md": schema}
+def json_schema() -> str:
+    """Return the JSON Schema of ``report.json``."""
+    return json.dumps(render_json.schema(), indent=1) + "\n"
+
+
+PAGES = {"checks.md": checks, "report.md": schema, "report.schema.json": json_schema}
 """What is generated, and by whom."""
 
 if __name__ == "__main__":
