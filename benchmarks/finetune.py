@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Fine-tuning next to the bare ``Trainer``: tokens per second and peak memory, each in a process of its own.
+"""Fine-tuning next to the bare ``Trainer`` and TRL: tokens per second and peak memory, each in a process of its own.
 
 A Llama of Qwen2.5-0.5B's width cut to some layers, LoRA on all seven projections, random text. "equal" are examples of
 one length; "mixed" are mostly short ones, where padding costs. Speed is that of the median step times the real tokens of
@@ -10,6 +10,7 @@ our own work only. Prints a table, then one JSON line.
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import os
@@ -23,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 LENGTH, BATCH, VOCAB, RANK, WARM_UP = 256, 4, 32000, 16, 2
 RUNS = ("bare/equal/float32", "ours/equal/float32", "ours/equal/bfloat16", "bare/mixed/float32", "ours/mixed/float32")
+RUNS += ("trl/equal/float32",) if importlib.util.find_spec("trl") else ()
 
 
 def main() -> None:
@@ -66,6 +69,7 @@ def pairs(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return what is compared with what."""
     wanted = [
         ("ours to bare Trainer, equal lengths", "ours/equal/float32", "bare/equal/float32"),
+        ("ours to TRL's SFTTrainer, equal lengths", "ours/equal/float32", "trl/equal/float32"),
         ("ours packed to bare Trainer, mixed lengths", "ours/mixed/float32", "bare/mixed/float32"),
         ("bfloat16 to float32", "ours/equal/bfloat16", "ours/equal/float32"),
     ]
@@ -94,7 +98,7 @@ def measure(run: str, steps: int, layers: int, threads: int) -> dict[str, float]
     examples = [Example(ids, list(ids)) for ids in rows]
     model = make_model(layers, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
-        train = ours if who == "ours" else bare
+        train = {"ours": ours, "bare": bare, "trl": trl}[who]
         times, tokens = train(model, examples, steps + WARM_UP, Path(folder), packing=data == "mixed")
     wall, cpu = ([b[i] - a[i] for a, b in itertools.pairwise(times[WARM_UP - 1 :])] for i in (0, 1))
     return {
@@ -176,6 +180,37 @@ def bare(
     )
     data = [{"input_ids": e.input_ids, "labels": e.labels, "attention_mask": [1] * len(e.input_ids)} for e in examples]
     return _train(Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate), PrinterCallback)
+
+
+def trl(model: Any, examples: Any, steps: int, folder: Path, *, packing: bool) -> tuple[list[tuple[float, float]], int]:
+    """Train as TRL's ``SFTTrainer`` does with examples that are tokens already."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=BATCH,
+        max_steps=steps,
+        max_length=LENGTH,
+        packing=packing,
+        bf16=False,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        include_num_input_tokens_seen="non_padding",
+        dataloader_pin_memory=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    data = Dataset.from_list([{"input_ids": e.input_ids} for e in examples])
+    trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    return _train(trainer, PrinterCallback)
 
 
 def _train(trainer: Any, printer: Any) -> tuple[list[tuple[float, float]], int]:

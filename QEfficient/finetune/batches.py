@@ -18,7 +18,8 @@ _POOL = 50
 Row: TypeAlias = list[Example]
 """Examples that share a row of a batch; one, unless they are packed."""
 
-_FILLER = [Example([0], [IGNORED])]
+FILLER = Example([0], [IGNORED])
+"""An example from which nothing is learned."""
 
 
 class Rows(Sequence[Row]):
@@ -43,7 +44,7 @@ class Rows(Sequence[Row]):
 
     def __getitem__(self, index: Any) -> Any:
         if index >= self.real:
-            return _FILLER
+            return [FILLER]
         return [self._examples[i] for i in (self._packed[index] if self._packed is not None else (index,))]
 
 

@@ -89,8 +89,10 @@ def train(
         metrics["eval_loss"] = evaluate(model, val_set, tokenizer.pad_token_id, config.val_batch_size)
         metrics["perplexity_before"] = perplexity(metrics["eval_loss_before"])
         metrics["perplexity"] = perplexity(metrics["eval_loss"])
+    state = trainer.whole_state()
     if trainer.is_world_process_zero():
         with _replaced(config.output_dir, config.overwrite) as folder:
+            model.save_pretrained(folder, state_dict=state)
             _write(folder, config, model, tokenizer, metrics, trainer.state.log_history)
         shutil.rmtree(trainer.root, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -194,6 +196,7 @@ def _measured(trainer: AdapterTrainer, model: Any) -> dict[str, float]:
         "train_tokens_per_second": float(trainer.state.num_input_tokens_seen) / max(seconds, 1e-9),
         "trained_parameters": float(trained),
         "parameters": float(total),
+        "parameters_per_process": float(trainer.sharding.local if trainer.sharding else total),
         "peak_memory_bytes": float(peak_memory_bytes()),
         "processes": float(trainer.args.world_size),
     }
@@ -214,7 +217,6 @@ def peak_memory_bytes() -> int:
 def _write(
     folder: Path, config: TrainConfig, model: Any, tokenizer: Any, metrics: dict[str, float], history: list[Any]
 ) -> None:
-    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     write(config, folder / CONFIG_FILE)
     if config.save_metrics:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from QEfficient.errors import ConfigError, UnsupportedError
+from QEfficient.errors import ConfigError
 from QEfficient.finetune import checkpoints
-from QEfficient.finetune.batches import Collator, EpochOrder, Rows
+from QEfficient.finetune.batches import FILLER, Collator, EpochOrder, Rows
 from QEfficient.finetune.config import TrainConfig
 from QEfficient.finetune.data import IGNORED, Example
+from QEfficient.finetune.sharding import ShardedCallback, choose_fsdp
 
 
 class AdapterTrainer(Trainer):
@@ -26,6 +26,7 @@ class AdapterTrainer(Trainer):
     Attributes:
         root: Folder of the checkpoints.
         made_by: What a checkpoint must agree with to be gone on from.
+        sharding: What makes sure that parameters are sharded, if they shall be.
     """
 
     def __init__(
@@ -52,10 +53,22 @@ class AdapterTrainer(Trainer):
             data_collator=collator,
         )
         self.add_callback(_EpochCallback(self.order, len(rows) // per_step(config)))
-        if config.fsdp:
-            self.add_callback(ShardedCallback())
+        self.sharding = ShardedCallback() if config.fsdp else None
+        if self.sharding:
+            self.add_callback(self.sharding)
         if config.keep_best or config.early_stopping:
             self.add_callback(BestCallback(config.early_stopping))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Make the accelerator, with FSDP where it was asked for."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp_plugin_args is not None:
+            choose_fsdp(self.accelerator, self.args.fsdp_plugin_args)
+            self.is_fsdp_enabled = True
+
+    def whole_state(self) -> dict[str, torch.Tensor] | None:
+        """Gather the sharded parameters in the first process; all take part. None if they are not sharded."""
+        return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Drop the mask of packed rows: transformers separates them by their positions, but only without a mask."""
@@ -132,19 +145,6 @@ class _EpochCallback(TrainerCallback):
         self._order.epoch = state.global_step // self._steps
 
 
-class ShardedCallback(TrainerCallback):
-    """Makes sure that FSDP is what runs: losses alone would look the same without it."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Look for parameters that are spread over processes.
-
-        Raises:
-            UnsupportedError: All of them are whole on each process.
-        """
-        if not any(isinstance(p, DTensor) for p in model.parameters()):
-            raise UnsupportedError(f"fsdp was asked for, but no parameter of {type(model).__name__} is sharded")
-
-
 class BestCallback(TrainerCallback):
     """Has a checkpoint written for each new lowest validation loss; stops when there has been none for a while.
 
@@ -189,13 +189,8 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
     """Return the Trainer's arguments of ``config``.
 
     Raises:
-        UnsupportedError: FSDP is asked for where accelerate would run something else.
-        ConfigError: The processes cannot share the batch, or a tracker is not there.
+        ConfigError: The processes cannot share the batch, there is only one to shard over, or a tracker is not there.
     """
-    if config.fsdp and not torch.cuda.is_available():
-        raise UnsupportedError(
-            "fsdp needs GPUs: on CPUs accelerate would silently run DDP, with all parameters everywhere"
-        )
     missing = set(config.report_to) - set(get_available_reporting_integrations())  # type: ignore[no-untyped-call]
     if missing:
         raise ConfigError(
@@ -210,7 +205,7 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
         max_steps=config.max_train_step or -1,
         learning_rate=config.lr,
         lr_scheduler_type=config.lr_schedule if config.lr_schedule != "constant" else "constant_with_warmup",
-        warmup_steps=math.ceil(steps * config.warmup_ratio),
+        warmup_steps=int(steps * config.warmup_ratio),  # of one step none: its rate would be 0
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         neftune_noise_alpha=config.neftune_alpha or None,
@@ -234,6 +229,8 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
         **sharding,
     )
     processes = arguments.world_size
+    if config.fsdp and processes == 1:
+        raise ConfigError("fsdp shards over processes, and there is one: start with torchrun or accelerate launch")
     split = split_batch(config.train_batch_size, config.gradient_accumulation_steps, processes)
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split
     return arguments
@@ -253,7 +250,9 @@ def evaluate(model: Any, examples: Sequence[Example], pad_token_id: int, batch_s
     rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
     # Examples of alike length share a batch, so that little padding is computed.
     ordered = sorted((examples[i] for i in range(rank, len(examples), processes)), key=lambda e: len(e.input_ids))
-    with torch.inference_mode():
+    # The same number of batches everywhere: processes that share parameters compute together.
+    ordered += [FILLER] * (-(-len(examples) // processes) - len(ordered))
+    with torch.no_grad():
         for i in range(0, len(ordered), batch_size):
             batch = collator([[e] for e in ordered[i : i + batch_size]])
             batch = {name: t.to(model.device) for name, t in batch.items()}

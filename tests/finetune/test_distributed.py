@@ -74,6 +74,40 @@ def test_two_processes_are_one(options: dict[str, Any], tmp_path: Path) -> None:
     assert "parameters to train" not in running[2][1].printed()
 
 
+def test_two_sharding_processes_are_one(options: dict[str, Any], tmp_path: Path) -> None:
+    """FSDP2 on CPUs: each process holds half of the parameters; each of 50 losses and the adapter agree."""
+    out = {count: tmp_path / str(count) for count in (1, 2)}
+    running = launch(options, out[1], 1) + launch({**options, "fsdp": True}, out[2], 2)
+    assert [p.wait() for p in running] == [0] * 3, running[1].printed()
+    assert len(curve(out[1], "loss")) == STEPS
+    assert curve(out[2], "loss") == pytest.approx(curve(out[1], "loss"), abs=1e-5)
+    assert curve(out[2], "eval_loss") == pytest.approx(curve(out[1], "eval_loss"), abs=1e-5)
+    metrics = json.loads((out[2] / "train_metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert metrics["parameters_per_process"] == pytest.approx(metrics["parameters"] / 2, rel=0.02)
+    a, b = (load_file(out[count] / "adapter_model.safetensors") for count in (1, 2))
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM to a sharded training writes a whole checkpoint; resumed, the curve is that of one process."""
+    options |= {"max_train_step": 10, "fsdp": True}
+    stopped = launch(options, tmp_path / "out", 2)
+    end = time.monotonic() + 120
+    while "out: 1/10" not in stopped[0].printed():
+        assert stopped[0].runs(), stopped[0].printed()
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    stopped[1].send(signal.SIGTERM)
+    assert [p.wait() for p in stopped] == [128 + signal.SIGTERM] * 2
+    resumed = launch({**options, "resume": True}, tmp_path / "out", 2)
+    assert [p.wait() for p in resumed] == [0] * 2, resumed[0].printed()
+    main(**{**options, "fsdp": False}, output_dir=tmp_path / "one")
+    assert curve(tmp_path / "out", "loss") == pytest.approx(curve(tmp_path / "one", "loss"), abs=1e-5)
+
+
 def test_processes_stop_together_and_resume(options: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to one of two writes one checkpoint of one step; resumed, the curve is that of one process."""
     options["max_train_step"] = 10

@@ -15,8 +15,9 @@ from QEfficient.finetune.config import TrainConfig, resolve
 from QEfficient.finetune.data import Example, tokenize
 from QEfficient.finetune.formats import Segment
 from QEfficient.finetune.model import apply_peft, load_model_and_tokenizer
+from QEfficient.finetune.sharding import ShardedCallback
 from QEfficient.finetune.train import train
-from QEfficient.finetune.trainer import ShardedCallback, split_batch, training_arguments
+from QEfficient.finetune.trainer import split_batch, training_arguments
 from tests.finetune.test_train import QUIET, run
 
 
@@ -184,16 +185,15 @@ def test_processes_share_the_batch() -> None:
         split_batch(2, 4, 3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_fsdp_on_a_cpu_is_refused(tmp_path: Path) -> None:
-    """Accelerate would silently run DDP with all parameters on every process."""
-    with pytest.raises(UnsupportedError, match="on CPUs accelerate would silently run DDP"):
+def test_fsdp_of_one_process_is_refused(tmp_path: Path) -> None:
+    """There is nothing to shard over."""
+    with pytest.raises(ConfigError, match="fsdp shards over processes, and there is one"):
         training_arguments(TrainConfig(fsdp=True), 8, tmp_path)
 
 
 def test_fsdp_that_does_not_shard_is_refused() -> None:
     """Parameters that are whole on each process are noticed, whatever the losses say."""
-    with pytest.raises(UnsupportedError, match="no parameter of Linear is sharded"):
+    with pytest.raises(UnsupportedError, match="2 parameters of Linear are not sharded: weight"):
         ShardedCallback().on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
 
 

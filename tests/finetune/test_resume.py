@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import time
@@ -95,6 +96,25 @@ def test_killed_and_resumed_is_the_same(
     assert weights(out) == weights(uninterrupted)
     assert losses(out) == losses(uninterrupted)
     assert not root.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_at_a_random_moment(options: dict[str, Any], uninterrupted: Path, tmp_path: Path, seed: int) -> None:
+    """Whenever ``kill -9`` comes, between steps or within a checkpoint's writing, and twice: the result is the same."""
+    out, draw = tmp_path / "out", random.Random(seed)
+    for attempt in range(2):
+        process = Command(
+            {**options, "output_dir": out, "save_steps": 1, "resume": True, "overwrite": True},
+            tmp_path / f"printed{attempt}",
+        )
+        wait_for(lambda p=process: "out: 12 steps" in p.printed(), process)
+        time.sleep(draw.uniform(0, 1.0))
+        process.send(signal.SIGKILL)
+        assert process.wait() in (-signal.SIGKILL, 0)
+    main(**options, output_dir=out, resume=True, overwrite=True)
+    assert weights(out) == weights(uninterrupted)
+    assert losses(out) == losses(uninterrupted)
 
 
 @pytest.fixture(scope="module")
