@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, GenerationMixin, PreTrain
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from QEfficient.contract import Manifest
+from QEfficient.contract import ONE_TOKEN, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import Session, longest_context
@@ -28,7 +28,14 @@ Array = npt.NDArray[Any]
 DEFAULT_CHUNK_LEN = 128
 """Most prompt tokens in one call, where the program names no ``prefill_seq_len``."""
 
-_MODES = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE)
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+    GenerationMode.ASSISTED_GENERATION,
+)
+_INSIDE = ("assistant_early_exit", "use_mtp", "speculation_type")  # ways to draft that look inside the model
 _CTX_STEP = 64  # contexts are rounded up to this, so that prompts of similar length share one allocation
 
 
@@ -60,20 +67,34 @@ class SessionCache:
         self.session.reorder(rows)
         self.lengths = self.lengths[rows]
 
-    def extend(self, input_ids: Array, mask: Array | None) -> Array:
-        """Take new columns of ``input_ids`` into the cache; return the logits behind each row's last token, ``(B, V)``.
+    def activate_past_recording(self) -> None:
+        """Do nothing: transformers asks, before it takes tokens back with :meth:`crop`."""
+
+    def crop(self, max_length: int) -> None:
+        """Forget the last columns of every row: ``-max_length`` of them; later tokens overwrite what they left."""
+        if max_length > 0:
+            raise ConfigError(f"the cache is cropped by a number of columns, at most 0, not to {max_length}")
+        self.lengths = self.lengths + max_length
+        self.columns += max_length
+
+    def extend(self, input_ids: Array, mask: Array | None, *, keep: int = 1) -> Array:
+        """Take new columns of ``input_ids`` into the cache; return logits ``(B, keep, V)``.
 
         Args:
             input_ids: The new columns, ``(B, n)``.
             mask: True where a token is real, ``(B, n)``; ``None``: all are.
+            keep: Logits behind how many of each row's last tokens; more than one takes a graph with all logits, one row.
         """
-        if mask is None and input_ids.shape[1] == 1:
-            logits = self.session.run(input_ids, self.lengths[:, None])[:, -1]
-            self.lengths = self.lengths + 1
-        else:
-            rows = [ids if mask is None else ids[mask[b]] for b, ids in enumerate(input_ids)]
-            logits = prefill(self.session, rows, chunk_len=self.chunk_len, starts=self.lengths)
-            self.lengths = self.lengths + np.array([len(r) for r in rows])
+        rows = [ids if mask is None else ids[mask[b]] for b, ids in enumerate(input_ids)]
+        last = keep if keep > 1 or (mask is None and input_ids.shape[1] == 1) else 0  # tokens that take one call
+        before = [row[: len(row) - last] for row in rows]
+        if len(before[0]):
+            logits = prefill(self.session, before, chunk_len=self.chunk_len, starts=self.lengths)[:, None]
+            self.lengths = self.lengths + np.array([len(r) for r in before])
+        if last:
+            ids = np.stack([row[len(row) - last :] for row in rows])
+            logits = self.session.run(ids, self.lengths[:, None] + np.arange(last))[:, -keep:]
+            self.lengths = self.lengths + last
         self.columns += input_ids.shape[1]
         return logits
 
@@ -136,12 +157,13 @@ class SessionModel(GenerationMixin):
         input_ids: torch.Tensor,
         past_key_values: SessionCache,
         attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int = 1,
         return_dict: bool = True,
     ) -> CausalLMOutputWithPast:
-        """Return the logits behind each row's last token, ``(B, 1, V)``, for new columns ``input_ids`` ``(B, n)``."""
+        """Return logits ``(B, logits_to_keep, V)`` behind each row's last tokens, for new columns ``input_ids`` ``(B, n)``."""
         mask = None if attention_mask is None else attention_mask.numpy().astype(bool)
-        logits = past_key_values.extend(input_ids.numpy(), mask)
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits)[:, None], past_key_values=past_key_values)  # type: ignore[arg-type]
+        logits = past_key_values.extend(input_ids.numpy(), mask, keep=logits_to_keep)
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=past_key_values)  # type: ignore[arg-type]
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -152,6 +174,8 @@ class SessionModel(GenerationMixin):
         is_first_iteration: bool = False,
         use_cache: bool | None = None,
         tokenizer: Any = None,
+        logits_to_keep: int = 1,
+        assistant_tokenizer: Any = None,
     ) -> dict[str, Any]:
         """Return the arguments of :meth:`forward`: the columns that the cache lacks, and the mask of a padded prompt.
 
@@ -164,6 +188,7 @@ class SessionModel(GenerationMixin):
             "input_ids": input_ids[:, past_key_values.columns :],
             "past_key_values": past_key_values,
             "attention_mask": mask,
+            "logits_to_keep": logits_to_keep,
         }
 
     @classmethod
@@ -187,7 +212,30 @@ class SessionModel(GenerationMixin):
             raise UnsupportedError(
                 f"generation mode {generation_mode.value!r} is not supported by a session ({known} are)"
             )
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._check_assisted(generation_config)
+        if generation_config.guidance_scale not in (None, 1):
+            raise UnsupportedError(
+                f"guidance_scale {generation_config.guidance_scale} is not supported: it takes a second cache, for the "
+                "unconditional prompt, and a session has one"
+            )
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)  # type: ignore[misc]
+
+    def _check_assisted(self, generation_config: GenerationConfig) -> None:
+        """Refuse what a session cannot do for speculation: look inside the model, take back recurrent state."""
+        manifest = self.session.manifest
+        for name in _INSIDE:
+            if getattr(generation_config, name, None):
+                raise UnsupportedError(
+                    f"{name} is not supported: it drafts from inside the model, a graph gives logits"
+                )
+        if manifest.options.get(ONE_TOKEN):
+            raise UnsupportedError("assisted generation takes tokens back, which recurrent state does not allow")
+        if manifest.logits != "all":
+            raise UnsupportedError(
+                "assisted generation checks several tokens in one call, but this graph gives logits of the last one only; "
+                'export it with logits="all" (qefficient export --logits all)'
+            )
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self,

@@ -230,7 +230,7 @@ def test_without_cache_flag(model, reference):
         (
             {"max_new_tokens": 4, "prompt_lookup_num_tokens": 2},
             UnsupportedError,
-            "'assisted_generation' is not supported",
+            "assisted generation checks several tokens",
         ),
         ({"max_new_tokens": 4, "output_attentions": True}, UnsupportedError, "output_attentions is not available"),
         ({"max_new_tokns": 4}, ValueError, "max_new_tokns"),
