@@ -105,26 +105,32 @@ def _speaks() -> bool:
 def _finetune(config: TrainConfig) -> dict[str, float]:
     from transformers.utils import logging
 
+    from QEfficient.finetune.classes import rendered_class
     from QEfficient.finetune.data import rendered
     from QEfficient.finetune.model import count_parameters
-    from QEfficient.finetune.sets import load_sets
+    from QEfficient.finetune.sets import load_classes, load_sets
     from QEfficient.finetune.train import refuse_leftovers, train
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # of loading weights; the training shows its own
     refuse_leftovers(config)
     if config.use_peft and config.from_peft_checkpoint is None:
         generate_peft_config(config)  # a mistake here must not wait for the base
-    base, tokenizer = load_model_and_tokenizer(config, None)
-    sets = load_sets(config, tokenizer)
+    classes = load_classes(config)
+    base, tokenizer = load_model_and_tokenizer(config, classes)
+    sets = load_sets(config, tokenizer, classes)
     model = apply_peft(base, config)
     trained, total = count_parameters(model)
     said = [f"{len(sets.train):,} examples", *([f"{len(sets.val):,} to validate"] if sets.val else []), *sets.notes]
+    if classes:
+        said.append(f"{len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
     if _speaks():
         print(f"{config.model_name}: {trained:,} of {total:,} parameters to train ({trained / total:.2%})", flush=True)
         print(", ".join(said), flush=True)
         if config.show_example:
-            print(f"the first, with what is learned in ⟦ ⟧:\n{rendered(sets.train[0], tokenizer)}", flush=True)
-    return train(config, model, tokenizer, sets.train, sets.val, title=config.output_dir.name)
+            first = sets.train[0]
+            shown = rendered_class(first, tokenizer, classes) if classes else rendered(first, tokenizer)
+            print(f"the first, with what is learned in ⟦ ⟧:\n{shown}", flush=True)
+    return train(config, model, tokenizer, sets.train, sets.val, classes=classes, title=config.output_dir.name)
 
 
 if __name__ == "__main__":

@@ -127,3 +127,20 @@ class Collator:
         if not self.packed:
             del columns["position_ids"]
         return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCollator:
+    """Pads examples of classes on the right; their labels are one number each.
+
+    Attributes:
+        pad_token_id: What fills ``input_ids``.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
+        """Return ``input_ids`` and ``attention_mask``, ``(B, S)``, and ``labels``, ``(B,)``: each int64."""
+        examples = [example for row in rows for example in row]
+        batch = Collator(self.pad_token_id)([[Example(e.input_ids, e.input_ids)] for e in examples])
+        return {**batch, "labels": torch.tensor([e.labels[0] for e in examples])}

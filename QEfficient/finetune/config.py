@@ -43,6 +43,11 @@ class TrainConfig:
         metavar="FILE.py:FUNCTION",
     )
     streaming: bool = option(False, "Read a .jsonl row when its turn comes, for data larger than memory.")
+    task_mode: str = option(
+        "generation",
+        "What is learned: to go on with a text, or which of some labels a text has (rows of text and label).",
+        choices=("generation", "seq_classification"),
+    )
     data_format: str = option(
         "auto",
         "What the lines hold: text; prompt and completion; instruction, input and output; chat messages.",
@@ -80,7 +85,7 @@ class TrainConfig:
     eval_steps: int = option(0, "Validate every so many optimizer steps; 0: only before and after.")
     keep_best: bool = option(False, "Save the step with the lowest validation loss, instead of the last.")
     early_stopping: int = option(0, "Stop after so many validations without a lower loss; 0: never.")
-    fsdp: bool = option(False, "Shard parameters over GPUs (FSDP2); needs torchrun or accelerate launch.")
+    fsdp: bool = option(False, "Shard parameters over processes (FSDP2); needs torchrun or accelerate launch.")
     seed: int = option(42, "Seed of the adapter's initial values and of the data's order.")
     dtype: str = option("float32", "Type of the base's weights.", choices=("float32", "bfloat16", "float16"))
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def load_model_and_tokenizer(
 
     Args:
         train_config: Names both.
-        dataset_config: Not used for causal language models; accepted because callers pass it.
-        **kwargs: Forwarded to ``AutoModelForCausalLM.from_pretrained``.
+        dataset_config: Names of the classes, for a classifier.
+        **kwargs: Forwarded to ``from_pretrained`` of the model's Auto class.
 
     Returns:
         The model, and a tokenizer that has a padding token. Labels are masked by position, never by that token.
@@ -58,18 +59,35 @@ def load_model_and_tokenizer(
     except _LOADING as e:
         raise ConfigError(f"no tokenizer can be loaded from {tokenizer_name!r}: {_one_line(e)}") from e
     options = {"dtype": getattr(torch, train_config.dtype), **kwargs}
+    classifies = train_config.task_mode == "seq_classification"
+    auto: Any = transformers.AutoModelForCausalLM
+    if classifies:
+        auto = transformers.AutoModelForSequenceClassification
+        options = _class_options(dataset_config or []) | options
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+        with torch.random.fork_rng():
+            torch.manual_seed(train_config.seed)  # a new head is drawn
+            model = auto.from_pretrained(name, **options)
     except _LOADING as e:
-        raise ConfigError(f"no causal language model can be loaded from {name!r}: {_one_line(e)}") from e
+        kind = "classifier" if classifies else "causal language model"
+        raise ConfigError(f"no {kind} can be loaded from {name!r}: {_one_line(e)}") from e
     embeddings: Any = model.get_input_embeddings()
     rows = len(embeddings.weight)
     if len(tokenizer) > rows:
         raise ConfigError(
             f"tokenizer {tokenizer_name!r} has {len(tokenizer)} tokens, but {name!r} embeds only {rows}: name the base's own"
         )
-    set_pad_token(tokenizer)
+    if not classifies or tokenizer.pad_token_id is None:
+        set_pad_token(tokenizer)
+    if classifies:
+        model.config.pad_token_id = tokenizer.pad_token_id  # by which it finds the end of a text
     return model, tokenizer
+
+
+def _class_options(classes: Sequence[str]) -> dict[str, Any]:
+    names = dict(enumerate(classes))
+    numbers = {name: i for i, name in names.items()}
+    return {"num_labels": len(classes), "id2label": names, "label2id": numbers} if classes else {}
 
 
 def set_pad_token(tokenizer: Any) -> None:
@@ -113,7 +131,7 @@ def generate_peft_config(train_config: TrainConfig, **kwargs: Any) -> PeftConfig
     merged = {**values, **options, **kwargs}
     _check_fields(cls, merged, source)
     merged = {
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if train_config.task_mode == "seq_classification" else "CAUSAL_LM",
         **{k: v for k, v in merged.items() if k not in {"runtime_config", "inference_mode"}},
     }
     try:

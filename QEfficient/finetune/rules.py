@@ -39,6 +39,10 @@ _RULES: tuple[tuple[Callable[["TrainConfig"], object], str], ...] = (
         lambda c: not (c.streaming and (c.packing or c.group_by_length or c.val_share or c.preprocess)),
         "streaming does not see all rows beforehand: leave packing, group_by_length, val_share and preprocess out",
     ),
+    (
+        lambda c: c.task_mode == "generation" or not (c.packing or c.streaming or c.data_format != "auto" or c.test),
+        "task_mode {c.task_mode!r} is trained on text and label: leave packing, streaming, data_format and test out",
+    ),
     (lambda c: c.save_steps >= 0, "save_steps must be 0 (off) or more, not {c.save_steps}"),
     (lambda c: c.eval_steps >= 0, "eval_steps must be 0 (off) or more, not {c.eval_steps}"),
     (lambda c: c.keep_checkpoints >= 1, "keep_checkpoints must be 1 or more, not {c.keep_checkpoints}"),

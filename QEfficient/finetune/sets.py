@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from QEfficient.errors import ConfigError
+from QEfficient.finetune.classes import class_names, to_class_examples
 from QEfficient.finetune.config import TrainConfig
 from QEfficient.finetune.data import Example, StreamedExamples, held_out, to_examples, unseen
 from QEfficient.finetune.formats import Row
@@ -22,13 +23,26 @@ class Sets:
     notes: list[str] = field(default_factory=list)
 
 
-def load_sets(config: TrainConfig, tokenizer: Any) -> Sets:
+def load_classes(config: TrainConfig) -> list[str]:
+    """Return the names of the classes in the training data; none unless classes are learned."""
+    if config.task_mode != "seq_classification":
+        return []
+    return class_names(*_rows(config, config.train_file, config.dataset_split))
+
+
+def load_sets(config: TrainConfig, tokenizer: Any, classes: Sequence[str] = ()) -> Sets:
     """Read the data of a training; nothing that is trained on is validated on.
+
+    Args:
+        config: Names the data.
+        tokenizer: Of the base.
+        classes: Names of the classes, if they are what is learned.
 
     Raises:
         ConfigError: The data cannot be read, or a row is broken.
     """
-    options: dict[str, Any] = {"context_length": config.context_length, "data_format": config.data_format}
+    options: dict[str, Any] = {"context_length": config.context_length}
+    options |= {"classes": list(classes)} if classes else {"data_format": config.data_format}
     if config.streaming:
         path = cast("Path", config.train_file)  # rules.py saw that it is there
         val = _read(config, config.val_file, None, tokenizer, options) if config.val_file else []
@@ -53,8 +67,13 @@ def load_sets(config: TrainConfig, tokenizer: Any) -> Sets:
 def _read(
     config: TrainConfig, path: Path | None, split: str | None, tokenizer: Any, options: dict[str, Any]
 ) -> list[Example]:
+    rows, source = _rows(config, path, split)
+    read = to_class_examples if "classes" in options else to_examples
+    return read(rows, source, tokenizer, **options)
+
+
+def _rows(config: TrainConfig, path: Path | None, split: str | None) -> tuple[Iterator[tuple[str, Row]], str]:
+    """Return the rows of a file or a split, preprocessed, and what they come from."""
     source = str(path) if path else f"{config.dataset}[{split}]"
     rows: Iterator[tuple[str, Row]] = read_file(path) if path else read_dataset(str(config.dataset), str(split))
-    if config.preprocess:
-        rows = preprocessed(rows, config.preprocess)
-    return to_examples(rows, source, tokenizer, **options)
+    return (preprocessed(rows, config.preprocess) if config.preprocess else rows), source

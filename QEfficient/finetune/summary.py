@@ -50,6 +50,9 @@ def facts(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     found = [("training loss", f"{metrics['train_loss']:.3f}")]
     if "perplexity" in metrics:
         found.append(("perplexity", f"{metrics['perplexity_before']:,.3g} before, {metrics['perplexity']:,.3g} after"))
+    for name in ("accuracy", "f1"):
+        if name in metrics:
+            found.append((name, f"{metrics[f'{name}_before']:.3f} before, {metrics[name]:.3f} after"))
     if metrics.get("best_step"):
         found.append(("best step", f"{metrics['best_step']:,.0f} of {metrics['train_steps']:,.0f}"))
     share = metrics["trained_parameters"] / max(metrics["parameters"], 1)
@@ -131,20 +134,24 @@ def card(config: TrainConfig, metrics: Mapping[str, float], method: str) -> str:
     """
     base = Path(config.model_name).name if Path(config.model_name).expanduser().is_dir() else config.model_name
     name = config.output_dir.name
-    front: dict[str, Any] = {"base_model": base, "pipeline_tag": "text-generation"}
+    classifies = config.task_mode == "seq_classification"
+    auto = "AutoModelForSequenceClassification" if classifies else "AutoModelForCausalLM"
+    head = f", num_labels={int(metrics['classes'])}" if classifies else ""  # PEFT saves the head, not its size
+    front: dict[str, Any] = {
+        "base_model": base,
+        "pipeline_tag": "text-classification" if classifies else "text-generation",
+    }
     if config.use_peft:
         front |= {"library_name": "peft", "tags": ["base_model:adapter:" + base, method.lower()]}
     results = "\n".join(f"| {label} | {value} |" for label, value in facts(metrics))
     data = config.train_file.name if config.train_file else f"{config.dataset} ({config.dataset_split})"
     kind = f"{method} adapter for `{base}`" if config.use_peft else f"fully fine-tuned `{base}`"
     use = (
-        f"base = AutoModelForCausalLM.from_pretrained({base!r})\nmodel = PeftModel.from_pretrained(base, {name!r})"
+        f"base = {auto}.from_pretrained({base!r}{head})\nmodel = PeftModel.from_pretrained(base, {name!r})"
         if config.use_peft
-        else f"model = AutoModelForCausalLM.from_pretrained({name!r})"
+        else f"model = {auto}.from_pretrained({name!r})"
     )
-    imports = "from transformers import AutoModelForCausalLM" + (
-        "\nfrom peft import PeftModel" if config.use_peft else ""
-    )
+    imports = f"from transformers import {auto}" + ("\nfrom peft import PeftModel" if config.use_peft else "")
     return (
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {name}\n\nA {kind}, trained on `{data}`.\n\n"
         f"![Loss over steps]({CURVE_FILE})\n\n| | |\n|---|---|\n{results}\n\n"

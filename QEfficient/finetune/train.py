@@ -16,13 +16,15 @@ from transformers import PrinterCallback
 
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.finetune import checkpoints
-from QEfficient.finetune.batches import Collator, Rows
+from QEfficient.finetune.batches import ClassCollator, Collator, Rows
+from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
 from QEfficient.finetune.data import Example, digest
+from QEfficient.finetune.evaluation import evaluate, perplexity, score
 from QEfficient.finetune.model import count_parameters
 from QEfficient.finetune.progress import ProgressCallback, StopCallback
 from QEfficient.finetune.summary import write_summary
-from QEfficient.finetune.trainer import AdapterTrainer, evaluate, per_step, perplexity
+from QEfficient.finetune.trainer import AdapterTrainer, per_step
 from QEfficient.store import written_aside
 
 __all__ = ["LOG_FILE", "METRICS_FILE", "Interrupted", "ProgressCallback", "evaluate", "perplexity", "train"]
@@ -53,6 +55,7 @@ def train(
     train_set: Sequence[Example],
     val_set: Sequence[Example] | None = None,
     *,
+    classes: Sequence[str] = (),
     title: str = "training",
     console: Console | None = None,
 ) -> dict[str, float]:
@@ -64,11 +67,12 @@ def train(
         tokenizer: Saved beside the adapter.
         train_set: What to train on.
         val_set: What to measure the loss on, before and after.
+        classes: Names of the classes, if the model is a classifier.
         title: What progress calls the training.
         console: Where progress is shown; the terminal's error stream if not given.
 
     Returns:
-        Losses per learned token, perplexities, tokens per second, times, memory and numbers of parameters.
+        Losses per learned token, perplexities (of a classifier: accuracy and F1), tokens per second, times, memory and numbers of parameters.
 
     Raises:
         ConfigError: There are checkpoints of another training, or of this one and it is not said what to do with them.
@@ -78,21 +82,26 @@ def train(
     console = console or Console(stderr=True)
     metrics: dict[str, float] = {}
     with _use_cache_restored(model):
-        trainer, checkpoint = _prepared(config, model, tokenizer, train_set, val_set or [], console)
+        trainer, checkpoint = _prepared(config, model, tokenizer, train_set, val_set or [], len(classes), console)
         if val_set:
-            metrics["eval_loss_before"] = evaluate(model, val_set, tokenizer.pad_token_id, config.val_batch_size)
+            before = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))
         _run(trainer, checkpoint, title, console)
     if config.keep_best:
         metrics["best_step"] = float(trainer.load_best())
     metrics |= _measured(trainer, model)
     if val_set:
-        metrics["eval_loss"] = evaluate(model, val_set, tokenizer.pad_token_id, config.val_batch_size)
-        metrics["perplexity_before"] = perplexity(metrics["eval_loss_before"])
-        metrics["perplexity"] = perplexity(metrics["eval_loss"])
+        after = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))
+        for name, value in after.items():
+            key = "eval_loss" if name == "loss" else name
+            metrics |= {f"{key}_before": before[name], key: value}
+    if classes:
+        metrics["classes"] = float(len(classes))
     state = trainer.whole_state()
     if trainer.is_world_process_zero():
         with _replaced(config.output_dir, config.overwrite) as folder:
             model.save_pretrained(folder, state_dict=state)
+            if classes:
+                (folder / CLASSES_FILE).write_text(json.dumps(list(classes)) + "\n", encoding="utf-8")
             _write(folder, config, model, tokenizer, metrics, trainer.state.log_history)
         shutil.rmtree(trainer.root, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -142,12 +151,14 @@ def _prepared(
     tokenizer: Any,
     train_set: Sequence[Example],
     val_set: Sequence[Example],
+    classes: int,
     console: Any,
 ) -> tuple[AdapterTrainer, Path | None]:
     """Return the trainer, and the checkpoint to go on from."""
     rows = Rows(train_set, per_step(config), context_length=config.context_length if config.packing else 0)
-    collator = Collator(tokenizer.pad_token_id, packed=config.packing)
-    if config.packing:
+    pad = tokenizer.pad_token_id
+    collator = ClassCollator(pad) if classes else Collator(pad, packed=config.packing)
+    if isinstance(collator, Collator) and collator.packed:
         check_packing(model, rows, collator)
     root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))
     checkpoint = None
@@ -159,7 +170,7 @@ def _prepared(
             f"from step {checkpoints.step_of(checkpoint)}" if checkpoint else "from the beginning: no whole checkpoint"
         )
         console.print(f"resuming {where}", highlight=False)
-    trainer = AdapterTrainer(config, model, rows, collator, val_set, root=root, made_by=made_by)
+    trainer = AdapterTrainer(config, model, rows, collator, val_set, root=root, made_by=made_by, classes=classes)
     if trainer.is_world_process_zero() and not config.resume:
         shutil.rmtree(root, ignore_errors=True)
     return trainer, checkpoint

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """transformers' ``Trainer`` with what it lacks: whole checkpoints, losses per token, an order that survives a resume."""
 
-import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -14,9 +13,10 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune import checkpoints
-from QEfficient.finetune.batches import FILLER, Collator, EpochOrder, Rows
+from QEfficient.finetune.batches import ClassCollator, Collator, EpochOrder, Rows
 from QEfficient.finetune.config import TrainConfig
-from QEfficient.finetune.data import IGNORED, Example
+from QEfficient.finetune.data import Example
+from QEfficient.finetune.evaluation import class_loss, score
 from QEfficient.finetune.sharding import ShardedCallback, choose_fsdp
 
 
@@ -34,14 +34,16 @@ class AdapterTrainer(Trainer):
         config: TrainConfig,
         model: Any,
         rows: Rows,
-        collator: Collator,
+        collator: Collator | ClassCollator,
         val_set: Sequence[Example],
         *,
         root: Path,
         made_by: dict[str, Any],
+        classes: int = 0,
     ) -> None:
         arguments = training_arguments(config, len(rows), root)
         self.root, self.made_by, self._config, self._val_set = root, made_by, config, val_set
+        self._classes = classes
         self._aside, self._pad_token_id = root / ".tmp", collator.pad_token_id
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.order = EpochOrder(rows, per_step(config), config.seed, by_length=config.group_by_length)
@@ -51,6 +53,7 @@ class AdapterTrainer(Trainer):
             train_dataset=rows,
             eval_dataset=[[e] for e in val_set] or None,
             data_collator=collator,
+            compute_loss_func=class_loss if classes else None,
         )
         self.add_callback(_EpochCallback(self.order, len(rows) // per_step(config)))
         self.sharding = ShardedCallback() if config.fsdp else None
@@ -78,8 +81,8 @@ class AdapterTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Return the loss per learned token, whatever the batches; the stock one is a mean of means."""
-        loss = evaluate(self.model, self._val_set, self._pad_token_id, self._config.val_batch_size)
-        metrics = {"eval_loss": loss, "eval_perplexity": perplexity(loss)}
+        found = score(self.model, self._val_set, self._pad_token_id, self._config.val_batch_size, classes=self._classes)
+        metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -234,45 +237,6 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
     split = split_batch(config.train_batch_size, config.gradient_accumulation_steps, processes)
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split
     return arguments
-
-
-def evaluate(model: Any, examples: Sequence[Example], pad_token_id: int, batch_size: int) -> float:
-    """Return the mean loss of all learned tokens of ``examples``, whatever the batches and the processes.
-
-    Returns:
-        The loss; NaN if nothing is learned in ``examples``.
-    """
-    total, count = 0.0, 0
-    was_training = model.training
-    collator = Collator(pad_token_id)
-    model.eval()
-    spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if spread else (0, 1)
-    # Examples of alike length share a batch, so that little padding is computed.
-    ordered = sorted((examples[i] for i in range(rank, len(examples), processes)), key=lambda e: len(e.input_ids))
-    # The same number of batches everywhere: processes that share parameters compute together.
-    ordered += [FILLER] * (-(-len(examples) // processes) - len(ordered))
-    with torch.no_grad():
-        for i in range(0, len(ordered), batch_size):
-            batch = collator([[e] for e in ordered[i : i + batch_size]])
-            batch = {name: t.to(model.device) for name, t in batch.items()}
-            labels = batch.pop("labels")[:, 1:]
-            logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
-            total += torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            ).item()
-            count += int((labels != IGNORED).sum())
-    model.train(was_training)
-    if spread:
-        sums = torch.tensor([total, count], dtype=torch.float64, device=model.device)
-        torch.distributed.all_reduce(sums)
-        total, count = sums[0].item(), int(sums[1].item())
-    return total / count if count else math.nan
-
-
-def perplexity(loss: float) -> float:
-    """Return ``exp(loss)``, infinite where that is too large."""
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _last_seconds(checkpoint: Path) -> float:
