@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,10 +128,14 @@ def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, bas
 def _load_exported(session: "OrtSession", graph: Path) -> tuple[str, ...]:
     """Load every adapter that was exported with ``graph``; return their names."""
     from QEfficient.peft.adapters import fit, neutral_tensors, read_exported
+    from QEfficient.runtime.laid_out import load_file
+
+    def read(file: Path) -> Any:
+        return fit(read_exported(file), session.manifest, neutral_tensors(graph))
 
     files = sorted((graph / ADAPTERS_DIR).glob("*.safetensors"))
     for file in files:
-        session.load_adapter(file.stem, fit(read_exported(file), session.manifest, neutral_tensors(graph)))
+        load_file(session, file.stem, file, partial(read, file))
     return tuple(file.stem for file in files)
 
 

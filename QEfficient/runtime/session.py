@@ -31,7 +31,7 @@ from QEfficient.contract import (
     Manifest,
     StateSpec,
 )
-from QEfficient.errors import AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
+from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
 from QEfficient.options import suggest
 from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, validate
 from QEfficient.store import verify_files
@@ -250,6 +250,55 @@ class OrtSession:
         with self._lock:
             self._bindings.pop(name, None)
             self._adapters[name] = placed
+
+    def placed_adapter(self, name: str) -> dict[str, Array]:
+        """Return a resident adapter's tensors as they are bound, by the program's input names; not copies."""
+        with self._lock:
+            self._known(name)
+            return dict(self._adapters[name])
+
+    def adopt_adapter(self, name: str, placed: Mapping[str, Array]) -> None:
+        """Make an adapter resident that was laid out before: ``placed`` is what :meth:`placed_adapter` gave, used where it is.
+
+        Raises:
+            ConfigError: The name is ``"base"``.
+            AdapterMismatchError: The names or types are not those of the program's inputs.
+        """
+        if name == BASE:
+            raise ConfigError(f"{BASE!r} names the base without an adapter; give the adapter another name")
+        wanted = {n: t.dtype for n, t in self._adapters[BASE].items()}
+        if {n: t.dtype for n, t in placed.items()} != wanted:
+            raise AdapterMismatchError(f"adapter {name!r} was laid out for another program; load it with load_adapter")
+        with self._lock:
+            self._bindings.pop(name, None)
+            self._adapters[name] = dict(placed)
+
+    def read_row(self, row: int, length: int) -> dict[str, Array]:
+        """Return a copy of a row's state, the first ``length`` positions of what has positions, by state name."""
+        with self._lock:
+            return {s.name: self._row_part(s, row, length).copy() for s in self.manifest.states}
+
+    def write_row(self, row: int, parts: Mapping[str, Array]) -> None:
+        """Put what :meth:`read_row` returned into a row; what lies behind stays, and is overwritten before it is seen.
+
+        Raises:
+            ConfigError: It does not fit the cache.
+        """
+        with self._lock:
+            for spec in self.manifest.states:
+                part = parts[spec.name]
+                length = part.shape[spec.shape.index("ctx_len") - 1] if "ctx_len" in spec.shape else 0
+                if length > self._ctx_len:
+                    raise ConfigError(f"the context does not fit: {length} positions, the cache holds {self._ctx_len}")
+                self._row_part(spec, row, length)[...] = part
+                self._filled = max(self._filled, length)
+            self._last.pop(row, None)
+
+    def _row_part(self, spec: StateSpec, row: int, length: int) -> Array:
+        part: Array = self._states[spec.name][row]
+        if "ctx_len" in spec.shape:
+            part = part[(slice(None),) * (spec.shape.index("ctx_len") - 1) + (slice(0, length),)]
+        return part
 
     def set_adapter(self, name: str) -> None:
         """Run with a resident adapter, or with ``"base"``, from the next call on. The cache stays as it is.
