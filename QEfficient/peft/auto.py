@@ -235,6 +235,7 @@ class QEffAutoPeftModelForCausalLM:
         block_size: int = 32,
         symmetric: bool = True,
         keep: Sequence[str] = (),
+        mixed: bool = False,
     ) -> Path:
         """Compile the graph to a program for this machine; exports first if that has not been done.
 
@@ -249,6 +250,7 @@ class QEffAutoPeftModelForCausalLM:
             block_size: Weights that share a scale: smaller blocks are more exact and slower.
             symmetric: Blocks have no zero point.
             keep: Patterns of weight names that stay one step higher.
+            mixed: Let rows of one call run with different adapters, for an engine.
 
         Returns:
             The program's folder; ``qconfig.json`` in its parent records these options.
@@ -272,6 +274,7 @@ class QEffAutoPeftModelForCausalLM:
             block_size=block_size,
             symmetric=symmetric,
             keep=keep,
+            mixed=mixed,
             batch_size=batch_size,
             prefill_seq_len=min(prefill_seq_len, ctx_len),
             ctx_len=ctx_len,
@@ -322,6 +325,17 @@ class QEffAutoPeftModelForCausalLM:
             model = inner_model(self.model)
             self._generator = SessionModel(session, config=model.config, generation_config=model.generation_config)  # type: ignore[arg-type]
         return self._generator.generate(inputs, **kwargs)
+
+    def tensors_of(self, adapter_name: str) -> dict[str, np.ndarray]:
+        """Return an adapter as a session or an engine of this graph takes it.
+
+        Raises:
+            AdapterNotFoundError: There is no adapter of that name.
+            AdapterMismatchError: It does not fit the exported graph.
+            NotCompiledError: Nothing was exported yet.
+        """
+        self._known(adapter_name)
+        return self._fitted(adapter_name)
 
     # -- inside
 

@@ -9,8 +9,8 @@ that decode are the first rows of the cache, the row that takes its prompt is th
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Stats:
         new_tokens: Tokens produced.
         prefill_seconds: Time in calls that took prompts.
         decode_seconds: Time in calls that produced tokens.
+        full_tokens: Tokens of those calls in which every slot decoded.
+        full_seconds: Time in them.
         requests: Requests accepted, by adapter.
         tokens: Tokens produced, by adapter.
         finished: Requests ended, by finish reason.
@@ -52,6 +54,8 @@ class Stats:
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    full_tokens: int = 0
+    full_seconds: float = 0.0
     requests: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
     finished: Counter[str] = field(default_factory=Counter)
@@ -197,21 +201,37 @@ class Engine:
         """
         self._check(request)
         with self._condition:
-            version = self._version(request.adapter)
-            if self._closing:
-                raise QueueFullError("the engine is closing and takes no more requests")
+            self._version(request.adapter)
             idle = self._slots - len(self._decoding) - (self._filling is not None)
             if len(self._queue) >= self._queue_len + idle:
                 raise QueueFullError(
                     f"{len(self._queue)} requests wait already, {self._queue_len} may; try again later"
                 )
-            stream = Stream(request, self._cancel)
-            slot = _Slot(stream, version)
-            self._live[id(stream)] = slot
-            self._queue.put(request.adapter, slot)
-            self._uses[version] += 1
-            self._stats.requests[request.adapter] += 1
-            self._condition.notify_all()
+            return self._accept(request)
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
+        """Accept all requests or none, whatever the queue's bound: for a caller that has them all, and waits for them.
+
+        Raises:
+            QEffError: As :meth:`submit`; nothing has been accepted then.
+        """
+        for request in requests:
+            self._check(request)
+        with self._condition:
+            for request in requests:
+                self._version(request.adapter)
+            return [self._accept(request) for request in requests]
+
+    def _accept(self, request: Request) -> Stream:
+        if self._closing:
+            raise QueueFullError("the engine is closing and takes no more requests")
+        stream = Stream(request, self._cancel)
+        slot = _Slot(stream, self._version(request.adapter))
+        self._live[id(stream)] = slot
+        self._queue.put(request.adapter, slot)
+        self._uses[slot.adapter] += 1
+        self._stats.requests[request.adapter] += 1
+        self._condition.notify_all()
         return stream
 
     def _check(self, request: Request) -> None:
@@ -291,17 +311,13 @@ class Engine:
         """Return a copy of the counts."""
         with self._condition:
             now = self._stats
-            return Stats(
-                now.slots,
-                len(self._decoding) + (self._filling is not None),
-                len(self._queue),
-                now.prompt_tokens,
-                now.new_tokens,
-                now.prefill_seconds,
-                now.decode_seconds,
-                Counter(now.requests),
-                Counter(now.tokens),
-                Counter(now.finished),
+            return replace(
+                now,
+                active=len(self._decoding) + (self._filling is not None),
+                waiting=len(self._queue),
+                requests=Counter(now.requests),
+                tokens=Counter(now.tokens),
+                finished=Counter(now.finished),
             )
 
     def memory_bytes(self) -> dict[str, int]:
@@ -361,8 +377,13 @@ class Engine:
         for slot in slots:
             slot.length += 1
         with self._condition:
-            self._deliver(range(len(slots)), logits)
-            self._stats.decode_seconds += time.perf_counter() - start
+            count = len(slots)
+            self._deliver(range(count), logits)
+            seconds = time.perf_counter() - start
+            self._stats.decode_seconds += seconds
+            if count == self._slots:
+                self._stats.full_tokens += count
+                self._stats.full_seconds += seconds
 
     def _deliver(self, rows: Any, logits: Array) -> None:
         """Choose a token for each row and take finished requests out."""
