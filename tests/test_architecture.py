@@ -21,7 +21,8 @@ BELOW = {
     "peft": SINGLE | {"export", "compile", "runtime"},
     "finetune": SINGLE,
     "testing": SINGLE | {"export", "compile", "runtime", "peft"},
-    "cloud": SINGLE | {"finetune", "testing", "peft", "compile", "runtime"},
+    "serve": SINGLE | {"export", "compile", "runtime", "peft", "testing"},
+    "cloud": SINGLE | {"finetune", "testing", "serve", "peft", "compile", "runtime"},
 }
 
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "export": "write base and adapters as an ONNX graph",
     "compile": "lower a graph to a program for this machine",
     "generate": "complete a prompt with a base and an adapter",
+    "serve": "serve a base and its adapters over HTTP",
     "test": "prove that adapters work, and measure them",
 }
 

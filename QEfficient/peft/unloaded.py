@@ -40,7 +40,7 @@ def export_adapters(
     check_base(base)
     read = {check_name(name): Adapter.load(path, name) for name, path in adapters.items()}
     found = checkpoint_folder(base)
-    skeleton = _skeleton(base, read) if found is not None and read else None
+    skeleton = skeleton_of(base, read) if found is not None and read else None
     if found is None or skeleton is None:
         loaded = QEffAutoPeftModelForCausalLM.from_base(base, adapters)
         return loaded.export(destination, logits=logits).parent
@@ -58,8 +58,14 @@ def export_adapters(
     return folder
 
 
-def _skeleton(base: str | Path, adapters: Mapping[str, Adapter]) -> PeftModel | None:
-    """Return base and adapters without memory; ``None`` if an adapter's file does not bring all that the graph takes."""
+def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool = True) -> PeftModel | None:
+    """Return base and adapters without memory; ``None`` if an adapter's file cannot bring all that the graph takes.
+
+    Args:
+        base: Folder or Hub id.
+        adapters: By name.
+        held: Hold the adapters' tensors against what their configurations put on the base.
+    """
     try:
         config = AutoConfig.from_pretrained(str(base))
     except (OSError, ValueError) as e:
@@ -79,7 +85,8 @@ def _skeleton(base: str | Path, adapters: Mapping[str, Adapter]) -> PeftModel | 
         lifted = lift(peft_model, name)
         if lifted.rank_axes.keys() != lifted.adapter.keys():
             return None
-        _check(adapter, lifted)
+        if held:
+            _check(adapter, lifted)
     return peft_model
 
 

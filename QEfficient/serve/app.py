@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The routes: OpenAI's API, vLLM's two for adapters, health, metrics and the page."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.exceptions import HTTPException
+
+from QEfficient.contract import BASE
+from QEfficient.errors import QEffError
+from QEfficient.serve.access import Door
+from QEfficient.serve.config import Key
+from QEfficient.serve.failures import Refusal, refusal_of
+from QEfficient.serve.logs import log
+from QEfficient.serve.responses import answer
+from QEfficient.serve.schemas import ChatRequest, CompletionRequest, ErrorAnswer, LoadRequest, UnloadRequest
+from QEfficient.serve.server import Server
+
+PAGE = Path(__file__).with_name("page.html")
+_REFUSED = (400, 401, 403, 404, 408, 413, 422, 429, 503)
+
+
+def create_app(server: Server) -> FastAPI:
+    """Return the application of ``server``; its end closes the server."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        log("ready", base=server.base, adapters=len(server.registry.names))
+        yield
+        server.close()
+        log("closed")
+
+    app = FastAPI(title="Efficient Transformers", version="1", lifespan=lifespan, redoc_url=None, docs_url=None)
+    refused: dict[int | str, dict[str, Any]] = {s: {"model": ErrorAnswer} for s in _REFUSED}
+    _add_openai(app, server, refused)
+    _add_adapters(app, server, refused)
+    _add_operations(app, server)
+    app.add_exception_handler(QEffError, _answer_error)
+    app.add_exception_handler(HTTPException, _answer_http)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
+    app.add_exception_handler(Exception, _answer_error)
+    app.add_middleware(Door, keys=server.keys, limits=server.limits)
+    return app
+
+
+def _add_openai(app: FastAPI, server: Server, refused: dict[int | str, dict[str, Any]]) -> None:
+    @app.get("/v1/models", responses=refused)
+    async def list_models(request: Request) -> dict[str, Any]:
+        """List the base and the adapters that may be asked for."""
+        models = server.models(_key(request))
+        return {"object": "list", "data": [_model(server, name, parent) for name, parent in models]}
+
+    @app.get("/v1/models/{model}", responses=refused)
+    async def get_model(model: str, request: Request) -> dict[str, Any]:
+        """Describe one of them."""
+        for name, parent in server.models(_key(request)):
+            if name == model:
+                return _model(server, name, parent)
+        raise Refusal(404, "no such model", code="model_not_found", param="model")
+
+    @app.post("/v1/chat/completions", responses=refused)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """Continue a conversation."""
+        return await answer(server, body, request, _key(request))
+
+    @app.post("/v1/completions", responses=refused)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        """Continue texts."""
+        return await answer(server, body, request, _key(request))
+
+
+def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[str, Any]]) -> None:
+    @app.post("/v1/load_lora_adapter", responses=refused)
+    async def load(body: LoadRequest, request: Request) -> PlainTextResponse:
+        """Check an adapter and load it; with ``load_inplace`` it may replace one of its name."""
+        _need_admin(server, _key(request))
+        await server.load(body.lora_name, body.lora_path, replace=body.load_inplace)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+    @app.post("/v1/unload_lora_adapter", responses=refused)
+    async def unload(body: UnloadRequest, request: Request) -> PlainTextResponse:
+        """Forget an adapter; requests that run finish with it."""
+        _need_admin(server, _key(request))
+        server.unload(body.lora_name)
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    @app.get("/v1/adapters", responses=refused)
+    async def adapters(request: Request) -> dict[str, Any]:
+        """Tell the state of every adapter, what the checks said, and how busy the engine is."""
+        allowed = {name for name, _ in server.models(_key(request))}
+        stats, registry = server.engine.stats(), server.registry
+        key = _key(request)
+        shown = [v for v in registry.versions() if v.name in allowed or key is None or not key.models]
+        return {
+            "adapters": [
+                {
+                    "name": v.name,
+                    "state": v.state,
+                    "version": v.engine_name,
+                    "bytes": v.bytes,
+                    "running": v.leases,
+                    "loads": v.loads,
+                    "load_seconds": v.load_seconds,
+                    "refused": v.refused,
+                    "warnings": v.warnings,
+                }
+                for v in shown
+            ],
+            "engine": {"slots": stats.slots, "active": stats.active, "waiting": stats.waiting},
+            "memory": {"adapters": registry.resident_bytes, "limit": registry.max_bytes},
+        }
+
+
+def _add_operations(app: FastAPI, server: Server) -> None:
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        """Tell whether new requests are taken."""
+        status = "draining" if server.draining else "ok"
+        return JSONResponse({"status": status}, 503 if server.draining else 200)
+
+    @app.get("/metrics", include_in_schema=False)
+    async def metrics() -> Response:
+        """Tell Prometheus."""
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> HTMLResponse:
+        """Return the page; it needs nothing from elsewhere, and may not ask for it."""
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(PAGE.read_text("utf-8"), headers={"content-security-policy": policy})
+
+
+def _key(request: Request) -> Key | None:
+    key: Key | None = request.scope.get("state", {}).get("key")
+    return key
+
+
+def _need_admin(server: Server, key: Key | None) -> None:
+    if server.keys.known and (key is None or not key.admin):
+        raise Refusal(403, "this key may not load or unload adapters", code="not_admin")
+
+
+def _model(server: Server, name: str, parent: str | None) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": server.created,
+        "owned_by": "qefficient",
+        "parent": parent,
+        "root": server.base if name == BASE else name,
+        "max_model_len": server.ctx_len,
+    }
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    refusal = refusal_of(error)
+    if refusal.status >= 500 and not isinstance(error, QEffError):
+        log("request failed", level=logging.ERROR, exception=error, path=request.url.path)
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    message = {404: "no such path", 405: "this path takes another method"}.get(status, "invalid request")
+    refusal = Refusal(status, message)
+    headers = dict(getattr(error, "headers", None) or {})
+    return JSONResponse(refusal.body, status, headers=headers)
+
+
+async def _answer_invalid(request: Request, error: Exception) -> Response:
+    """Name the first field at fault; what was sent is not sent back."""
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "invalid"}
+    param = ".".join(str(p) for p in first["loc"][1:]) or None
+    refusal = Refusal(400, f"{param or 'body'}: {first['msg']}", code="invalid_value", param=param)
+    return JSONResponse(refusal.body, 400)

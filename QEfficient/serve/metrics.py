@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What Prometheus is told. Labels are names of adapters that exist, so that no client can make them grow."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """Counters and histograms of one server.
+
+    Args:
+        snapshot: Returns gauges and counters that live elsewhere, as name to (help, value); counters end in ``_total``.
+    """
+
+    def __init__(self, snapshot: Callable[[], dict[str, tuple[str, float]]]) -> None:
+        self.registry = CollectorRegistry()
+        one, two = ["model"], ["model", "status"]
+        add: dict[str, Any] = {"registry": self.registry}
+        timed: dict[str, Any] = {**add, "buckets": _SECONDS}
+        self.requests = Counter("qeff_requests", "Requests by model and HTTP status.", two, **add)
+        self.prompt_tokens = Counter("qeff_prompt_tokens", "Tokens of prompts.", one, **add)
+        self.new_tokens = Counter("qeff_new_tokens", "Tokens generated.", one, **add)
+        self.first_token = Histogram("qeff_first_token_seconds", "From request to first token.", one, **timed)
+        self.between_tokens = Histogram("qeff_between_tokens_seconds", "From token to token.", one, **timed)
+        self.duration = Histogram("qeff_request_seconds", "From request to last token.", one, **timed)
+        self.adapter_load = Histogram("qeff_adapter_load_seconds", "Reading, checking and loading an adapter.", **timed)
+        self.registry.register(_Snapshot(snapshot))
+
+    def text(self) -> bytes:
+        """Return everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Snapshot(Collector):
+    def __init__(self, take: Callable[[], dict[str, tuple[str, float]]]) -> None:
+        self._take = take
+
+    def collect(self) -> Iterable[Metric]:
+        for name, (documentation, value) in self._take().items():
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            yield kind(name, documentation, value=value)

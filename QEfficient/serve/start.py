@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From a base and its adapters to a server that runs: export, compile, engine, registry, uvicorn."""
+
+import logging
+import signal
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from QEfficient.compile.program import compile_graph
+from QEfficient.errors import ConfigError
+from QEfficient.runtime.engine import Engine
+from QEfficient.serve.access import HEADER_BYTES, protocol
+from QEfficient.serve.app import create_app
+from QEfficient.serve.loading import Loader, graph_for
+from QEfficient.serve.logs import log
+from QEfficient.serve.registry import Registry
+from QEfficient.serve.server import Server
+from QEfficient.serve.text import Prompts
+
+
+def build(
+    base: str,
+    adapters: Mapping[str, str | Path],
+    *,
+    slots: int = 8,
+    ctx_len: int = 1024,
+    queue_len: int = 64,
+    precision: str = "fp32",
+    adapter_bytes: int = 1 << 30,
+    threads: int | None = None,
+    chat_template: str = "",
+    **options: Any,
+) -> Server:
+    """Make a server; its engine runs already.
+
+    Args:
+        base: Folder or Hub id of the base.
+        adapters: Those known from the start, by name; each is checked and loaded when first asked for.
+        slots: Requests that run at a time.
+        ctx_len: Longest context.
+        queue_len: Requests that wait besides.
+        precision: How the base's weights are held.
+        adapter_bytes: Most memory of resident adapters.
+        threads: Of one call of the program.
+        chat_template: Text of a template that replaces the tokenizer's.
+        **options: Fields of :class:`Server`: ``limits``, ``keys``, ``places``, ``log_prompts``.
+
+    Raises:
+        QEffError: Why there can be no server.
+    """
+    tokenizer = _tokenizer(base)
+    if chat_template:
+        tokenizer.chat_template = chat_template
+    graph = graph_for(base, adapters)
+    program = compile_graph(graph, ctx_len=ctx_len, precision=precision, mixed=True)
+    loader = Loader(base, graph, most_bytes=adapter_bytes)
+    engine = Engine(program, slots=slots, ctx_len=ctx_len, queue_len=queue_len, threads=threads)
+    registry = Registry(engine, loader, adapter_bytes)
+    for name, path in adapters.items():
+        registry.register(name, path)
+    engine.start()
+    return Server(engine, registry, Prompts(tokenizer), base, _eos(base, tokenizer), ctx_len, **options)
+
+
+def serve(server: Server, *, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT; then finish what runs, and return what is not finished in time.
+
+    Raises:
+        ConfigError: Nobody needs a key, and the address is not this machine's own.
+    """
+    if not server.keys.known and host not in {"127.0.0.1", "::1", "localhost"}:
+        raise ConfigError(f"without API keys the server only listens to this machine, not {host}: give --api-keys FILE")
+    limits = server.limits
+    config = uvicorn.Config(
+        create_app(server),
+        host=host,
+        port=port,
+        http=protocol(limits),
+        ws="none",
+        h11_max_incomplete_event_size=HEADER_BYTES,
+        limit_concurrency=limits.connections,
+        timeout_graceful_shutdown=int(limits.grace_seconds) + 10,
+        timeout_keep_alive=30,
+        access_log=False,
+        log_config=None,
+        server_header=False,
+    )
+    _Draining(config, server).run()
+
+
+class _Draining(uvicorn.Server):
+    """Takes no new requests from the first signal on, and ends running ones when their time is up."""
+
+    def __init__(self, config: uvicorn.Config, server: Server) -> None:
+        super().__init__(config)
+        self._served = server
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self._served.draining:
+            self._served.draining = True
+            log("draining", signal=signal.Signals(sig).name, level=logging.INFO)
+            timer = threading.Timer(self._served.limits.grace_seconds, self._served.abort_all)
+            timer.daemon = True
+            timer.start()
+        # Not super(): it would raise the signal again at the end, and a server that finished its work ends with code 0.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
+
+
+def _tokenizer(base: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(base)
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"no tokenizer in {base!r} ({str(e).strip().splitlines()[0]})") from e
+
+
+def _eos(base: str, tokenizer: Any) -> frozenset[int]:
+    """Return every token that ends an answer: the generation configuration's, and the tokenizer's."""
+    from transformers import GenerationConfig
+
+    found: Any = None
+    try:
+        found = GenerationConfig.from_pretrained(base).eos_token_id
+    except (OSError, ValueError):
+        pass  # many bases have none
+    ids = found if isinstance(found, list) else [found]
+    return frozenset(int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None)

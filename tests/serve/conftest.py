@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A tiny base with a tokenizer of bytes and a chat template, adapters of it, and a real server in a process of its own."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from tests.tiny import SHAPE, lora, save_adapter, save_base
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+SPECIAL = ["<pad>", "<s>", "</s>"]
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are single bytes, so that most characters beyond ASCII take several."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *letters])}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def save_served(folder: Path) -> Path:
+    """Write a base that can be served; return its folder."""
+    base = save_base(folder, LlamaConfig(**{**SHAPE, "vocab_size": 260, "num_hidden_layers": 1}))
+    save_tokenizer(base)
+    return base
+
+
+@dataclass
+class Place:
+    """A base folder and a folder of adapters."""
+
+    base: Path
+    adapters: Path
+
+    def add(self, name: str, *, seed: int = 1, **fields: Any) -> Path:
+        """Write one more adapter."""
+        return save_adapter(self.base, self.adapters / name, seed=seed, scale=0.3, config=lora(**fields))
+
+
+@dataclass
+class Running:
+    """A server in a process of its own."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+    log: Path
+    lines: list[str] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
+        """Return OpenAI's own client."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
+
+    def connect(self) -> socket.socket:
+        """Open a bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return what it has logged."""
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def stop(self) -> int:
+        """Ask it to end, and wait for that."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=120)
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """Write the base and two adapters, of different rank and targets."""
+    folder = tmp_path_factory.mktemp("served")
+    made = Place(save_served(folder / "base"), folder / "adapters")
+    made.add("one", seed=1)
+    made.add("two", seed=2, r=8, target_modules=["q_proj", "v_proj"])
+    return made
+
+
+@pytest.fixture(scope="session")
+def start(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Running]]:
+    """Return what starts a server with more options; all are stopped at the end."""
+    running: list[Running] = []
+
+    def begin(*options: str) -> Running:
+        port, log = free_port(), tmp_path_factory.mktemp("log") / "server.log"
+        command = [sys.executable, "-m", "QEfficient.cloud", "serve", str(place.base), "--port", str(port)]
+        command += ["--adapter", f"one={place.adapters / 'one'}", "--adapter", f"two={place.adapters / 'two'}"]
+        command += ["--ctx-len", "256", "--threads", "1", "--allow-folder", str(place.adapters), *options]
+        process = subprocess.Popen(command, stderr=log.open("w"), text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        made = Running(process, port, log)
+        running.append(made)
+        for _ in range(1200):
+            if process.poll() is not None:
+                pytest.fail(f"the server ended: {log.read_text()}")
+            try:
+                made.connect().close()
+                return made
+            except OSError:
+                time.sleep(0.1)
+        pytest.fail("the server did not start")
+
+    yield begin
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+@pytest.fixture(scope="session")
+def served(start: Callable[..., Running]) -> Running:
+    """Start the server that most tests share."""
+    return start()

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""OpenAI's own client against the server: everything that it calls, unchanged."""
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+
+from tests.serve.conftest import Place, Running
+
+ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
+
+
+def test_models_are_base_and_adapters(served: Running) -> None:
+    """The base and both adapters are listed, each adapter with its parent."""
+    models = {m.id: m for m in served.client().models.list()}
+    assert {"base", "one", "two"} <= set(models)
+    assert served.client().models.retrieve("one").id == "one"
+
+
+def test_each_adapter_answers_as_pytorch_does(served: Running, place: Place) -> None:
+    """Base and both adapters give, token for token, what transformers and PEFT give."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(place.base)
+    ids = tokenizer("hello", return_tensors="pt")["input_ids"]
+    seen = set()
+    for name in ("base", "one", "two"):
+        model = AutoModelForCausalLM.from_pretrained(place.base)
+        if name != "base":
+            model = PeftModel.from_pretrained(model, str(place.adapters / name))
+        with torch.no_grad():
+            out = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
+        text = served.client().completions.create(model=name, prompt="hello", max_tokens=12, temperature=0)
+        assert text.choices[0].text == tokenizer.decode(out, skip_special_tokens=True)
+        seen.add(text.choices[0].text)
+    assert len(seen) == 3  # the adapters make a difference
+
+
+def test_streaming_gives_the_same_text(served: Running) -> None:
+    """Pieces joined are the whole; usage comes in the last chunk if asked for."""
+    client = served.client()
+    whole = client.chat.completions.create(model="one", **ASK)
+    chunks = list(
+        client.chat.completions.create(model="one", stream=True, stream_options={"include_usage": True}, **ASK)
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+
+
+def test_several_choices(served: Running) -> None:
+    """``n`` choices, whole and streamed, come in order and are the same for the same seed."""
+    client = served.client()
+    options = {"model": "two", "messages": ASK["messages"], "max_tokens": 8, "n": 3, "seed": 5, "temperature": 1.5}
+    whole = [c.message.content for c in client.chat.completions.create(**options).choices]
+    assert len(set(whole)) > 1
+    streamed = ["", "", ""]
+    for chunk in client.chat.completions.create(stream=True, **options):
+        streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert streamed == whole
+
+
+def test_logprobs(served: Running) -> None:
+    """Each token comes with its log probability and the likeliest ones; greedy takes the likeliest."""
+    client = served.client()
+    chat = client.chat.completions.create(model="one", logprobs=True, top_logprobs=3, **ASK)
+    content = chat.choices[0].logprobs.content
+    assert len(content) == 12
+    assert all(t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in content)
+    text = client.completions.create(model="one", prompt=["a", "b"], max_tokens=4, logprobs=2, temperature=0)
+    assert [len(c.logprobs.tokens) for c in text.choices] == [4, 4]
+
+
+def test_stop_strings_over_the_borders_of_tokens(served: Running) -> None:
+    """With tokens of one byte every stop string lies over borders; the text ends before it."""
+    client = served.client()
+    whole = client.completions.create(model="one", prompt="hello", max_tokens=24, temperature=0).choices[0].text
+    stop = whole[5:8]
+    cut = client.completions.create(model="one", prompt="hello", max_tokens=24, temperature=0, stop=[stop, "never"])
+    assert cut.choices[0].text == whole[: whole.index(stop)]
+    assert cut.choices[0].finish_reason == "stop"
+    chunks = client.completions.create(
+        model="one", prompt="hello", max_tokens=24, temperature=0, stop=stop, stream=True
+    )
+    assert "".join(c.choices[0].text for c in chunks) == cut.choices[0].text
+
+
+def test_prompts_of_tokens(served: Running) -> None:
+    """A prompt may be tokens, and several prompts may come at once."""
+    client = served.client()
+    out = client.completions.create(model="one", prompt=[[5, 6, 7], [8, 9]], max_tokens=2, temperature=0)
+    assert out.usage.prompt_tokens == 5
+    assert [c.index for c in out.choices] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"model": "nine"}, openai.NotFoundError, "no adapter 'nine'"),
+        ({"max_tokens": 0}, openai.BadRequestError, "max_tokens"),
+        ({"max_tokens": 100_000}, openai.BadRequestError, "the context holds 256 tokens"),
+        ({"temperature": 3}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"tempratur": 1}}, openai.BadRequestError, "tempratur"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools"),
+        ({"messages": []}, openai.BadRequestError, "messages"),
+        ({"logit_bias": {"999": 1}}, openai.BadRequestError, "logit_bias"),
+        ({"n": 100}, openai.BadRequestError, "at most 16 answers"),
+    ],
+)
+def test_errors(served: Running, change: dict, error: type[Exception], says: str) -> None:
+    """A wrong request becomes the client's own exception, with what is wrong."""
+    with pytest.raises(error, match=says):
+        served.client().chat.completions.create(**{"model": "one", **ASK, **change})
+
+
+def test_the_asynchronous_client(served: Running) -> None:
+    """Many requests at a time over one client, each with its own adapter, give what each gives alone."""
+    alone = {
+        m: served.client().chat.completions.create(model=m, **ASK).choices[0].message.content
+        for m in ("base", "one", "two")
+    }
+
+    async def ask_all() -> list[tuple[str, str]]:
+        async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="unused", timeout=120) as client:
+
+            async def ask(model: str) -> tuple[str, str]:
+                answer = await client.chat.completions.create(model=model, **ASK)
+                return model, answer.choices[0].message.content
+
+            return await asyncio.gather(*(ask(m) for m in list(alone) * 8))
+
+    assert all(text == alone[model] for model, text in asyncio.run(ask_all()))
+
+
+def test_a_client_that_goes_away_frees_its_slot(served: Running) -> None:
+    """A stream closed by its client is cancelled: the slots become free long before it would have ended."""
+    client = served.client()
+    for _ in range(4):
+        stream = client.completions.create(
+            model="one", prompt="x", max_tokens=250, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        stream.close()
+    deadline = time.monotonic() + 60
+    while client.get("/adapters", cast_to=dict)["engine"]["active"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_characters_of_several_bytes(served: Running) -> None:
+    """Streamed pieces never hold half a character, whole and streamed are the same text."""
+    client = served.client()
+    options = {"model": "base", "prompt": "€uro ü 漢字", "max_tokens": 60, "temperature": 2.0, "seed": 3}
+    whole = client.completions.create(**options).choices[0].text
+    pieces = [c.choices[0].text for c in client.completions.create(stream=True, **options)]
+    assert "".join(pieces) == whole
+
+
+def test_keys_and_their_limits(start, tmp_path) -> None:
+    """A missing or wrong key is refused; a key has its models, its pace and no rights that it was not given."""
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        "- {name: root, key: root-secret, admin: true}\n"
+        "- {name: small, key: small-secret, models: [one], requests_per_minute: 3}\n"
+    )
+    running = start("--api-keys", str(keys))
+    for wrong in ("nonsense", "root-secre", "root-secretx"):
+        with pytest.raises(openai.AuthenticationError):
+            running.client(wrong).models.list()
+    with running.connect() as s:
+        s.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert s.recv(100).startswith(b"HTTP/1.1 401")
+    small = running.client("small-secret")
+    assert [m.id for m in small.models.list()] == ["one"]
+    with pytest.raises(openai.NotFoundError):
+        small.chat.completions.create(model="two", **ASK)
+    with pytest.raises(openai.PermissionDeniedError):
+        small.post("/unload_lora_adapter", body={"lora_name": "one"}, cast_to=str)
+    for _ in range(2):
+        small.chat.completions.create(model="one", **ASK)
+    with pytest.raises(openai.RateLimitError) as refused:
+        small.chat.completions.create(model="one", **ASK)
+    assert int(refused.value.response.headers["retry-after"]) <= 60
+    running.client("root-secret").post("/unload_lora_adapter", body={"lora_name": "two"}, cast_to=str)
+    log = running.log.read_text()
+    assert "secret" not in log
+    assert "hello" not in log
+
+
+def test_shutdown_finishes_what_runs(start) -> None:
+    """After SIGTERM running streams end whole, new requests are refused, and the process ends with code 0."""
+    running = start("--grace-seconds", "60")
+    client = running.client()
+    client.completions.create(model="one", prompt="warm", max_tokens=1)
+    stream = client.completions.create(
+        model="one", prompt="x", max_tokens=200, stream=True, temperature=0, extra_body={"ignore_eos": True}
+    )
+    iterator = iter(stream)
+    next(iterator)
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(running.stop)
+        chunks = list(iterator)
+        assert chunks[-1].choices[0].finish_reason == "length"
+        assert stopped.result() == 0
+    assert "closed" in [e["event"] for e in running.events()]
