@@ -4,7 +4,8 @@
 A random base of Qwen2.5-0.5B's shape and a random LoRA of rank 16 on all seven projections are made, exported and compiled
 (once: the folder is kept). Then all subjects take turns, A B C A B C: one prompt, then single tokens. The last line is JSON.
 
-onnxruntime-genai takes part where it can be imported, with the adapter baked in by its own builder.
+Where they can be imported, onnxruntime-genai takes part, with the adapter baked in by its own builder, and llama.cpp, with its
+LoRA. What is named with ``--skip`` stays out: a run of a few minutes may measure one precision.
 
     python benchmarks/decode.py --work DIR
 """
@@ -26,6 +27,7 @@ from typing import Any, Protocol
 import numpy as np
 import psutil
 import torch
+from llama_cpp_peer import LlamaCpp, write_adapter, write_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -39,6 +41,7 @@ from QEfficient.runtime.session import OrtSession
 
 VOCAB = 151936
 ALPHA, RANK = 32, 16
+_DISTRIBUTIONS = {"onnxruntime_genai": "onnxruntime-genai", "llama_cpp": "llama-cpp-python"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +54,7 @@ class Options:
     tokens: int = option(64, "Tokens decoded in a turn.")
     turns: int = option(5, "Turns of each subject; figures are medians over them.")
     threads: int = option(2, "Threads of each subject.")
+    skip: list[str] = option([], "Peers that stay out: genai-fp32, genai-int4, llama-Q4_0, llama-Q8_0. Repeatable.")
     programs: list[str] = option(
         ["fp32", "int8", "int4", "int4-128"], "Programs: a precision, perhaps with its block size. Repeatable."
     )
@@ -200,6 +204,8 @@ def open_genai(options: Options, base: Path, adapter: Path) -> list[Genai]:
         return []
     made = []
     for precision in ("fp32", "int4"):
+        if f"genai-{precision}" in options.skip:
+            continue
         folder = options.work / f"genai-{precision}"
         if not (folder / "genai_config.json").is_file():
             extra = [f"adapter_path={adapter}", "int4_accuracy_level=4"]
@@ -210,6 +216,20 @@ def open_genai(options: Options, base: Path, adapter: Path) -> list[Genai]:
         (folder / "genai_config.json").write_text(json.dumps(config))
         made.append(Genai(folder, precision, options.prompt + options.tokens))
     return made
+
+
+def open_llama(options: Options, base: Path, adapter: Path) -> list[LlamaCpp]:
+    """Write and load the peer's models, if it can be imported."""
+    wanted = [p for p in ("Q4_0", "Q8_0") if f"llama-{p}" not in options.skip]
+    if not wanted or any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "gguf")):
+        return []
+    folder = options.work / "gguf"
+    if not (folder / "adapter.gguf").is_file():
+        folder.mkdir(exist_ok=True)
+        write_base(base, folder / "base.gguf")
+        write_adapter(adapter, folder / "adapter.gguf", alpha=ALPHA)
+    context = options.prompt + options.tokens
+    return [LlamaCpp(folder, p, context=context, threads=options.threads) for p in wanted]
 
 
 def read_seconds_per_byte(data: np.ndarray, threads: int) -> float:
@@ -300,14 +320,15 @@ def machine(options: Options) -> dict[str, Any]:
     lines = info.read_text().splitlines() if info.is_file() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    names = ("torch", "transformers", "peft", "onnxruntime")
+    names = ["torch", "transformers", "peft", "onnxruntime"]
+    names += [n for n in ("onnxruntime_genai", "llama_cpp") if importlib.util.find_spec(n) is not None]
     return {
         "cpu": cpu,
         "cores": psutil.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "load": [round(n, 1) for n in psutil.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in names},
+        "versions": {name: version(_DISTRIBUTIONS.get(name, name)) for name in names},
         "commit": done.stdout.strip(),
         "options": {k: str(v) if k == "work" else v for k, v in asdict(options).items() if k != "work"},
     }
@@ -323,6 +344,7 @@ def main() -> None:
     model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
     subjects: list[Subject] = [Torch(model), *open_programs(options, model, base, adapter)]
     subjects += open_genai(options, base, adapter)
+    subjects += open_llama(options, base, adapter)
     gc.collect()
     timings, floor = measure(options, subjects)
     rows = summarise(options, subjects, timings, floor)
