@@ -145,6 +145,7 @@ def test_10000_header_lines(served: Running) -> None:
             pass  # closed at once: refused too
 
 
+@pytest.mark.slow
 def test_clients_that_are_slow(start: Callable[..., Running]) -> None:
     """Headers and bodies that do not come are given up after the time allowed; others are served meanwhile."""
     running = start("--receive-seconds", "2")
@@ -181,6 +182,7 @@ def test_malformed_bodies(served: Running, body: bytes) -> None:
     assert json.loads(answer.split(b"\r\n\r\n", 1)[1])["error"]["message"]
 
 
+@pytest.mark.slow
 def test_what_schemathesis_makes_of_the_schema(served: Running) -> None:
     """No request that it derives from our OpenAPI description, valid or not, gets a 5xx."""
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")

@@ -163,6 +163,7 @@ def test_characters_of_several_bytes(served: Running) -> None:
     assert "".join(pieces) == whole
 
 
+@pytest.mark.slow
 def test_keys_and_their_limits(start, tmp_path) -> None:
     """A missing or wrong key is refused; a key has its models, its pace and no rights that it was not given."""
     keys = tmp_path / "keys.yaml"
@@ -194,6 +195,7 @@ def test_keys_and_their_limits(start, tmp_path) -> None:
     assert "hello" not in log
 
 
+@pytest.mark.slow
 def test_shutdown_finishes_what_runs(start) -> None:
     """After SIGTERM running streams end whole, new requests are refused, and the process ends with code 0."""
     running = start("--grace-seconds", "60")
