@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``qefficient generate``: complete a prompt with a base and its adapters, as it comes."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +33,23 @@ class Options:
     use: list[str] = option(
         [], "Complete with this adapter, 'base' for none; may be repeated. Default: every adapter.", metavar="NAME"
     )
-    prompt: list[str] = option(help="Text to complete, '-' for standard input; may be repeated.", metavar="TEXT")
+    prompt: list[str] = option([], "Text to complete, '-' for standard input; may be repeated.", metavar="TEXT")
+    prompts: Path | None = option(None, "File of prompts, one a line, after those of --prompt.", metavar="FILE")
     chat: bool = option(False, "Put the prompt into the tokenizer's chat template.")
+    system: str = option("", "System message of the chat; implies --chat.", metavar="TEXT")
+    messages: Path | None = option(
+        None,
+        "JSON file of the chat so far, a list of {role, content}; a prompt goes behind it. Implies --chat.",
+        metavar="FILE",
+    )
     max_new_tokens: int = option(128, "Most tokens to generate.")
     temperature: float = option(0.0, "Randomness of the choice; 0 takes the likeliest token.")
     top_p: float = option(1.0, "Choose among the likeliest tokens that together have this probability.")
+    set: list[str] = option(
+        [],
+        "Any other field of transformers' GenerationConfig, as JSON: top_k=40; may be repeated.",
+        metavar="NAME=VALUE",
+    )
     seed: int = option(0, "Start of the random numbers.")
     ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own, at most 2048.")
     tokenizer: str = option("", "Folder or Hub id of the tokenizer. Default: the base's.", metavar="PATH")
@@ -63,8 +76,8 @@ def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parse(Options, argv, prog="qefficient generate")
     adapters = parse_adapters(options.adapter)
-    if options.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    prompts, before = _read_prompts(options), _read_messages(options)
+    arguments = _arguments(options)
     exported = (Path(options.base) / MANIFEST_FILE).is_file()
     known = [*adapters, BASE] if not exported else None
     for name in options.use if known is not None else ():
@@ -74,14 +87,18 @@ def command(argv: Sequence[str]) -> int:
     for name in names:
         _check_known(name, [*ready.adapters, BASE])
     tokenizer = _load_tokenizer(options.tokenizer or ready.base)
-    for prompt in (sys.stdin.read() if p == "-" else p for p in options.prompt):
+    if before is not None and not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {options.tokenizer or ready.base!r} has no chat template; leave out --chat"
+        )
+    for prompt in prompts:
         for name in names:
             ready.select(name)
             if len(names) > 1 and sys.stdout.isatty():
                 print(f"\033[1m{name}\033[0m")
             elif len(names) > 1:
                 print(f"[{name}]")
-            _complete(ready, tokenizer, prompt, options)
+            _complete(ready, tokenizer, prompt, before, arguments, options.seed)
     return 0
 
 
@@ -164,25 +181,111 @@ def _check_known(name: str, known: Sequence[str]) -> None:
         raise AdapterNotFoundError(f"no adapter {name!r}{suggest(name, known)} (there are: {', '.join(known)})")
 
 
-def _complete(ready: _Ready, tokenizer: Any, prompt: str, options: Options) -> None:
+def _read_prompts(options: Options) -> list[str]:
+    """Return every prompt; with --messages that end with the user's turn there may be none, which is an empty one."""
+    found = [sys.stdin.read() if p == "-" else p for p in options.prompt]
+    if options.prompts is not None:
+        found += [line for line in _read(options.prompts, "--prompts").splitlines() if line.strip()]
+    if not found and options.messages is None:
+        raise ConfigError("nothing to complete: give --prompt, --prompts or --messages")
+    return found or [""]
+
+
+def _read_messages(options: Options) -> list[dict[str, str]] | None:
+    """Return the chat before the prompt; ``None`` if there is no chat."""
+    turns: Any = []
+    if options.messages is not None:
+        try:
+            turns = json.loads(_read(options.messages, "--messages"))
+        except ValueError as e:
+            raise ConfigError(f"--messages {options.messages} is not JSON: {e}") from e
+        good = isinstance(turns, list) and all(
+            isinstance(t, dict) and isinstance(t.get("role"), str) and isinstance(t.get("content"), str) for t in turns
+        )
+        if not good or not turns:
+            raise ConfigError(f'--messages {options.messages} must hold a list of {{"role": ..., "content": ...}}')
+    if options.system:
+        turns = [{"role": "system", "content": options.system}, *turns]
+    return turns if turns or options.chat else None
+
+
+def _read(path: Path, name: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{name} {path} cannot be read: {e}") from e
+
+
+def _arguments(options: Options) -> dict[str, Any]:
+    """Return the arguments of transformers' ``generate``, checked."""
+    if options.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise ConfigError(
+            f"--temperature must be at least 0 and --top-p in (0, 1], not {options.temperature} and {options.top_p}"
+        )
+    arguments: dict[str, Any] = {"do_sample": options.temperature > 0, "max_new_tokens": options.max_new_tokens}
+    if options.temperature > 0:
+        arguments |= {"temperature": options.temperature, "top_p": options.top_p}
+    elif options.top_p != 1:
+        raise ConfigError("--top-p changes nothing without --temperature, which is 0: the likeliest token is taken")
+    return arguments | _others(options.set)
+
+
+def _others(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return what ``--set`` says, checked by transformers' own configuration."""
+    if not pairs:
+        return {}
+    from transformers import GenerationConfig
+
+    known = set(GenerationConfig().to_dict())  # type: ignore[no-untyped-call]
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or name not in known:
+            raise ConfigError(
+                f"--set takes NAME=VALUE of transformers' GenerationConfig, not {pair!r}{suggest(name, known)}"
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError as e:
+            raise ConfigError(f"--set {pair}: the value must be JSON, {name}=40 or {name}='\"text\"' ({e})") from e
+    try:
+        GenerationConfig(**found).validate()  # type: ignore[no-untyped-call]
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"--set: {str(e).strip().splitlines()[0]}") from e
+    return found
+
+
+def _complete(
+    ready: _Ready,
+    tokenizer: Any,
+    prompt: str,
+    before: list[dict[str, str]] | None,
+    arguments: dict[str, Any],
+    seed: int,
+) -> None:
     """Print one completion as it comes, and how fast it came to standard error."""
     import torch
     from transformers import TextStreamer
 
-    if options.chat:
-        turn = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    if before is not None:
+        turns = [*before, {"role": "user", "content": prompt}] if prompt else before
+        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    arguments: dict[str, Any] = {"do_sample": options.temperature > 0, "max_new_tokens": options.max_new_tokens}
-    if options.temperature > 0:
-        arguments |= {"temperature": options.temperature, "top_p": options.top_p}
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        arguments["pad_token_id"] = tokenizer.eos_token_id
-    torch.manual_seed(options.seed)
+        arguments = {"pad_token_id": tokenizer.eos_token_id, **arguments}
+    if "stop_strings" in arguments:
+        arguments = {**arguments, "tokenizer": tokenizer}
+    torch.manual_seed(seed)
     start = time.perf_counter()
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    out = ready.generate(**inputs, **arguments, streamer=streamer)
+    if arguments.get("num_beams", 1) > 1:  # beams change until the end
+        out = ready.generate(**inputs, **arguments)
+        print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    else:
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        out = ready.generate(**inputs, **arguments, streamer=streamer)
     seconds = time.perf_counter() - start
     new = out.shape[1] - inputs["input_ids"].shape[1]
     print(f"({new} tokens, {new / seconds:.1f} tokens/s)", file=sys.stderr)

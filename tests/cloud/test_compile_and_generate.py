@@ -83,9 +83,53 @@ def test_base_with_adapter(folders, capsys):
     assert _text(capsys.readouterr().out) == [_expected(folders, "base")]
 
 
+CHAT = "{% for m in messages %}{{ m['role'][:1] }} {{ m['content'] }} {% endfor %}w7"
+
+
+def test_chat_messages_and_prompts_from_files(folders, graph, tmp_path, capsys):
+    """System message, earlier turns and each line of a file go through the chat template."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders / "base")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "chat")
+    (tmp_path / "prompts").write_text("w5\n\nw9 w33\n")
+    (tmp_path / "turns.json").write_text('[{"role": "user", "content": "w8"}, {"role": "assistant", "content": "w4"}]')
+    arguments = ["--use=one", f"--tokenizer={tmp_path / 'chat'}", f"--max-new-tokens={NEW}"]
+    files = [f"--prompts={tmp_path / 'prompts'}", f"--messages={tmp_path / 'turns.json'}"]
+    assert run("generate", [str(graph), *arguments, *files, "--system=w6"]) == 0
+    got = _text(capsys.readouterr().out)
+    written = ["s w6 u w8 a w4 u w5 w7", "s w6 u w8 a w4 u w9 w33 w7"]
+    plain = [f"--prompt={text}" for text in written]
+    assert run("generate", [str(graph), *arguments, *plain]) == 0
+    assert got == _text(capsys.readouterr().out)
+    assert len(got) == 2
+
+
+def test_any_generation_option(folders, graph, capsys):
+    """``--set`` reaches transformers: beams, and the same sample from the same seed."""
+    arguments = [str(graph), "--use=one", "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    assert run("generate", [*arguments, "--set=num_beams=3", "--set=eos_token_id=null"]) == 0
+    model = AutoPeftModelForCausalLM.from_pretrained(folders / "one")
+    ids = torch.tensor([[5, 9, 33]])
+    new = model.generate(input_ids=ids, do_sample=False, num_beams=3, max_new_tokens=NEW, eos_token_id=None)[0, 3:]
+    assert _text(capsys.readouterr().out) == [" ".join(f"w{i}" for i in new.tolist() if i not in (0, 2))]
+    texts = []
+    for seed in (1, 1, 2):
+        assert run("generate", [*arguments, "--temperature=5", "--set=top_k=50", f"--seed={seed}"]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--temperature=-1"], "--temperature must be at least 0"),
+        (["--top-p=0.5"], "--top-p changes nothing without --temperature"),
+        (["--set=topk=4"], "not 'topk=4'; did you mean 'top_k'?"),
+        (["--set=top_k=x"], "the value must be JSON"),
+        (["--set=early_stopping=3"], "early_stopping"),
+        (["--prompts=nowhere"], "--prompts nowhere cannot be read"),
+        (["--messages=pyproject.toml"], "is not JSON"),
+        (["--chat"], "has no chat template"),
         (["--use=onne"], "no adapter 'onne'; did you mean 'one'? (there are: one, two, base)"),
         (["--adapter=x=y"], "comes with its adapters: leave out --adapter"),
         (["--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
