@@ -216,7 +216,7 @@ def _config_class(method: Any, source: str) -> type[PeftConfig]:
 
 
 def _check_fields(cls: type[PeftConfig], values: dict[str, Any], source: str) -> None:
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f for f in dataclasses.fields(cls)}
     try:
         hints = typing.get_type_hints(cls)
     except NameError:  # a hint that PEFT imports for type checkers only
@@ -225,7 +225,8 @@ def _check_fields(cls: type[PeftConfig], values: dict[str, Any], source: str) ->
         if name not in fields:
             raise ConfigError(f"{source}: {cls.__name__} has no field {name!r}{suggest(name, fields)}")
         hint = hints.get(name, Any)
-        if not _fits(value, hint):
+        # PEFT leaves fields empty that it declares as numbers, and saves them so.
+        if not (value is None and fields[name].default is None) and not _fits(value, hint):
             raise ConfigError(
                 f"{source}: {name} of {cls.__name__} must be {_hint_name(hint)}, not {json.dumps(value, default=str)}"
             )

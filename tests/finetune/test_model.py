@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PeftType
+from peft import IA3Config, LoraConfig, PeftModel, PeftType, PromptTuningConfig
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.config import TrainConfig
@@ -36,6 +36,13 @@ def test_ia3_from_options() -> None:
     config = generate_peft_config(options)
     assert isinstance(config, IA3Config)
     assert (config.target_modules, config.feedforward_modules) == ({"k_proj", "down_proj"}, {"down_proj"})
+
+
+def test_fields_that_peft_leaves_empty_are_accepted(tmp_path: Path) -> None:
+    """A saved configuration of prompt tuning is read again, although its token_dim is declared as a number."""
+    PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM").save_pretrained(str(tmp_path))
+    config = generate_peft_config(TrainConfig(peft_config_file=tmp_path / "adapter_config.json"))
+    assert (config.num_virtual_tokens, config.token_dim) == (4, None)
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
