@@ -31,6 +31,11 @@ class Options:
     graph: Path | None = option(
         None, "Test this exported graph, and the adapters in it, instead of exporting.", metavar="DIR"
     )
+    graph_format: str = option(
+        "",
+        "'genai': --graph is a model of onnxruntime-genai's builder, with the one adapter baked in.",
+        metavar="FORMAT",
+    )
     report: Path | None = option(
         None, "Write report.html, report.json, report.md and junit.xml into this folder.", metavar="DIR"
     )
@@ -80,6 +85,7 @@ def command(argv: Sequence[str]) -> int:
             options.base,
             adapters,
             graph=options.graph,
+            graph_format=options.graph_format,
             report_dir=options.report,
             only=options.only,
             skip=parse_skips(options.skip),

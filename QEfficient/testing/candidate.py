@@ -53,6 +53,7 @@ class Candidate:
         names: The adapters.
         broken: Why an adapter that lies in the graph folder cannot be used.
         load_seconds: How long it took to open the folder and bind the adapters.
+        has_base: It can run without an adapter.
     """
 
     stage: Stage
@@ -64,6 +65,7 @@ class Candidate:
     names: tuple[str, ...]
     broken: dict[str, str] = field(default_factory=dict)
     load_seconds: float = 0.0
+    has_base: bool = True
     _seen: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
     @property

@@ -2,6 +2,9 @@
 """Checks of an adapter's files against the base's structure. No model runs: the base exists only as shapes."""
 
 from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
 
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.options import suggest
@@ -20,11 +23,17 @@ _TRAINING = ("optimizer", "scheduler", "rng_state", "scaler", "training_args", "
 def _ask_files(files: AdapterFiles, subject: str) -> Finding:
     found = [p for p in (files.path / n for n in sorted(_SAFE)) if p.is_file()]
     facts: Facts = {p.name: f"{size(p.stat().st_size)}, xxh3 {digest_file(p)}" for p in found}
-    types = sorted({str(t.dtype) for t in files.tensors.values()})
+    types = _types(files.path / "adapter_model.safetensors")
     facts |= {"method": files.method, "tensors": len(files.tensors), "types": ", ".join(types)}
     if not files.tensors:
         return failed("The adapter's file holds no tensor at all. Save the adapter again.", facts=facts)
     return passed(f"Configuration and {counted(len(files.tensors), 'tensor')} can be read completely.", facts=facts)
+
+
+def _types(path: Path) -> list[str]:
+    """Return the types in the file: what is read from it has been made float32."""
+    with safe_open(str(path), framework="np") as f:
+        return sorted({str(f.get_slice(key).get_dtype()) for key in f.keys()})
 
 
 def _ask_leftovers(files: AdapterFiles, subject: str) -> Finding:

@@ -25,6 +25,7 @@ from QEfficient.testing.compare import (
     joined,
     says_gain,
 )
+from QEfficient.testing.features import ask_features
 from QEfficient.testing.report import Outcome, Series, Stage
 from QEfficient.testing.text import counted, listed, number
 
@@ -155,6 +156,8 @@ def _advice(candidate: Candidate, subject: str, found: Difference) -> str:
         return (
             "The base itself is wrong: look at its weights, and at what the graph takes for no adapter; export again."
         )
+    if not candidate.has_base:
+        return f"The adapter is baked in: {says_gain(found.gain)}."
     if candidate.compare("prefill", BASE).error > LOGITS_TOLERANCE:
         return "The base is off as well, so the adapter is not the cause."
     if candidate.stage is Stage.PROGRAM:
@@ -210,6 +213,14 @@ CHECKS: tuple[Check[Candidate], ...] = (
         _ask_effect,
         EFFECT_TOLERANCE,
         "of the effect",
+    ),
+    Check(
+        "features",
+        "No part of the adapter is left out",
+        "A tool that does not know DoRA, lora_bias or rsLoRA drops it without an error; PyTorch without it then gives the same logits.",
+        ask_features,
+        LOGITS_TOLERANCE,
+        "of range",
     ),
     Check(
         "greedy",

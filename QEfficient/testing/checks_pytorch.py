@@ -4,7 +4,7 @@
 import numpy as np
 
 from QEfficient.contract import BASE
-from QEfficient.testing import checks_lifecycle
+from QEfficient.testing import checks_lifecycle, checks_use
 from QEfficient.testing.check import Check, Finding, failed, passed
 from QEfficient.testing.compare import FLOAT32_NOISE, Difference, Logits, difference, joined
 from QEfficient.testing.reference import Reference
@@ -84,6 +84,7 @@ CHECKS: tuple[Check[Reference], ...] = (
         tolerance=_DISABLED_TOLERANCE,
         unit="of range, disabled",
     ),
+    *checks_use.CHECKS,
     *checks_lifecycle.CHECKS,
 )
 """Asked of each adapter, and of the base where it applies."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from QEfficient.contract import BASE
-from QEfficient.errors import QEffError
+from QEfficient.errors import ConfigError, QEffError
 from QEfficient.peft.loading import load_base
 from QEfficient.testing import checks_efficiency, quality
 from QEfficient.testing.adapter_stage import examine_all
@@ -18,6 +18,7 @@ from QEfficient.testing.baseline import compare, read_report
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
+from QEfficient.testing.genai import ASKED, opened_genai
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
 from QEfficient.testing.inputs import describe_base, read_base_config
 from QEfficient.testing.publish import publish
@@ -32,6 +33,7 @@ def run(
     adapters: Mapping[str, str | Path],
     *,
     graph: str | Path | None = None,
+    graph_format: str = "",
     report_dir: str | Path | None = None,
     only: Sequence[str] = (),
     skip: Mapping[str, str] | None = None,
@@ -49,6 +51,7 @@ def run(
         base: Folder or Hub id of the base.
         adapters: Names and folders of the adapters.
         graph: An exported graph to test; None exports one.
+        graph_format: ``"genai"`` if ``graph`` is what onnxruntime-genai's builder wrote, with the one adapter baked in.
         report_dir: Where to write ``report.json``, ``junit.xml`` and ``report.html``; None writes nothing.
         only: Patterns of check names, ``"graph.*"`` for example; empty for all.
         skip: Patterns of check names that are not asked, and why.
@@ -63,10 +66,12 @@ def run(
     Raises:
         QEffError: What was given cannot be tested: a missing folder, a damaged file, an adapter of another base.
     """
+    refuse_format(graph_format, graph, adapters)
     tester = _Tester(str(base), adapters, graph, Selection(tuple(only), dict(skip or {})), progress)
     start = time.perf_counter()
     earlier = read_report(baseline) if baseline is not None else None
     tester.eval_data = eval_data
+    tester.graph_format = graph_format
     tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
     if earlier is not None:
@@ -75,6 +80,20 @@ def run(
     if report_dir is not None:
         publish(report, Path(report_dir))
     return report
+
+
+def refuse_format(graph_format: str, graph: str | Path | None, adapters: Mapping[str, str | Path]) -> None:
+    """Refuse a format that is unknown, or that the other arguments do not go with.
+
+    Raises:
+        ConfigError: What is wrong, and what to give.
+    """
+    if graph_format not in ("", "genai"):
+        raise ConfigError(f"unknown graph format {graph_format!r}; this project's own needs none, the other is 'genai'")
+    if graph_format and graph is None:
+        raise ConfigError(f"graph format {graph_format!r} needs the graph's folder: give --graph DIR as well")
+    if graph_format and len(adapters) != 1:
+        raise ConfigError(f"a {graph_format} model has one adapter baked in; {len(adapters)} were given: give that one")
 
 
 class _Tester:
@@ -96,6 +115,7 @@ class _Tester:
         self.paths: dict[str, Path] = {}
         self.tokens: list[int] = []
         self.eval_data: str | Path | None = None
+        self.graph_format = ""
         command = _command(base, adapters, graph)
         self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
 
@@ -129,6 +149,9 @@ class _Tester:
         if self.eval_data is not None:
             self.evaluate(reference)
         if not self.wants(Stage.GRAPH, Stage.PROGRAM):
+            return self.report
+        if self.graph_format:
+            self.foreign(reference)
             return self.report
         for graph in self.graphs(reference):
             self.report.graph = self.report.graph or str(graph.folder)
@@ -186,6 +209,15 @@ class _Tester:
             return [find_graph(reference, self.names, Path(self.graph))]
         self.progress("export", BASE)
         return export_graphs(reference, self.names)
+
+    def foreign(self, reference: Reference) -> None:
+        """Check a graph that another tool made, with the adapter baked in."""
+        folder, (name,) = Path(str(self.graph)), self.names
+        self.report.graph = str(folder)
+        self.progress("open graph", name)
+        checks = [c for c in self.checks[Stage.GRAPH] if c.name in ASKED]
+        with opened_genai(folder, reference, name) as candidate:
+            self.check(Stage.GRAPH, checks, candidate, name)
 
     def stages(self, reference: Reference, graph: Graph, pytorch_seconds: float | None, budgets: Budgets) -> None:
         """Check graph and program, and measure the program."""

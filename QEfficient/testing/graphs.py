@@ -104,6 +104,6 @@ def _exported(graph: Graph) -> tuple[dict[str, Tensors], dict[str, str]]:
             continue
         try:
             found[name] = fit(read_exported(path), Manifest.read(graph.folder), neutral_tensors(graph.folder))
-        except (ArtifactError, AdapterMismatchError) as e:
+        except (ArtifactError, AdapterMismatchError, TypeError) as e:
             broken[name] = str(e)
     return found, broken

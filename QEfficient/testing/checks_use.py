@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of what people do with a loaded adapter next: generate, train on, combine. Each leaves the model as it was."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+
+from QEfficient.contract import BASE
+from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
+from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
+from QEfficient.testing.reference import Reference
+from QEfficient.testing.report import Outcome
+from QEfficient.testing.text import counted, listed, number
+
+_NEW = 4
+_COMBINED = "qefficient_combined"
+_PLAIN = ("use_dora", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters",
+          "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config", "corda_config",
+          "eva_config", "loftq_config", "use_kasa", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+
+
+def _ask_generate(reference: Reference, subject: str) -> Finding:
+    row = reference.short
+    with reference.selected(subject) as model, torch.no_grad():
+        made = model.generate(
+            input_ids=torch.from_numpy(row)[None],
+            attention_mask=torch.ones((1, len(row)), dtype=torch.int64),
+            max_new_tokens=_NEW,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=0,
+        )
+    new = made[0].numpy()[len(row) :]
+    if not len(new):
+        return failed("generate() returns no new token.")
+    logits = reference.logits(subject, np.concatenate([row, new[:-1]]))[-len(new) :].astype(np.float64)
+    lead = (logits.max(axis=1) - logits[np.arange(len(new)), new]) / np.maximum(np.ptp(logits, axis=1), 1e-30)
+    worst = float(lead.max())
+    if worst <= 2 * LOGITS_TOLERANCE:
+        return passed(f"The {len(new)} tokens of generate() are those of the forward pass.", worst)
+    at = int(lead.argmax())
+    text = f"Token {at} of generate() is {new[at]}, the forward pass puts {int(logits[at].argmax())} above it by {number(worst)} of the range"
+    plain = reference.logits(BASE, np.concatenate([row, new[:-1]]))[-len(new) :] if subject != BASE else logits
+    if subject != BASE and (plain.argmax(axis=1) == new).all():
+        text += "; its tokens are the base's"
+    return failed(f"{text}. Does what generates use the adapted model? Does the adapter work with a cache?", worst)
+
+
+def _ask_gradients(reference: Reference, subject: str) -> Finding:
+    named = list(reference.model.named_parameters())
+    before = [p.requires_grad for _, p in named]
+    others = set(reference.paths) - {subject}
+    parts = {n: set(n.split(".")) for n, _ in named}
+    own = [(n, p) for n, p in named if subject in parts[n] and p.is_floating_point()]
+    foreign = [(n, p) for n, p in named if others & parts[n] and p.is_floating_point()]
+    if not own:
+        return skipped("Its parameters do not carry its name, so they cannot be told from others.")
+    try:
+        with reference.selected(subject) as model, torch.enable_grad():
+            for _, p in named:
+                p.requires_grad_(False)
+            for _, p in own + foreign:
+                p.requires_grad_(True)
+            out = model(input_ids=torch.from_numpy(reference.short)[None], use_cache=False)
+            loss = out.logits.float().log_softmax(-1)[..., 0].mean()
+            grads = torch.autograd.grad(loss, [p for _, p in own + foreign], allow_unused=True)
+    except RuntimeError as e:
+        return skipped(f"PEFT does not train it here: {str(e).splitlines()[0].rstrip('.')}.")
+    finally:
+        for (_, p), needed in zip(named, before, strict=True):
+            p.requires_grad_(needed)
+    return _judge_gradients([n for n, _ in own], [n for n, _ in foreign], list(grads), reference, subject)
+
+
+def _judge_gradients(own: list[str], foreign: list[str], grads: list[Any], reference: Reference, name: str) -> Finding:
+    mine, theirs = grads[: len(own)], grads[len(own) :]
+    leaked = [n for n, g in zip(foreign, theirs, strict=True) if g is not None and bool(g.any())]
+    without = [n for n, g in zip(own, mine, strict=True) if g is None]
+    damaged = [n for n, g in zip(own, mine, strict=True) if g is not None and not bool(torch.isfinite(g).all())]
+    facts: Facts = {"parameters": len(own), "without gradient": listed(without, 4) if without else "none"}
+    if leaked:
+        text = f"A gradient also reaches {len(leaked)} parameters of other adapters, first {leaked[0]}"
+        return failed(
+            f"{text}: training this one would change them. Load it into a model of its own.", len(leaked), facts
+        )
+    if damaged:
+        return failed(f"The gradient of {damaged[0]} is not finite. Look for damaged weights.", len(damaged), facts)
+    if len(without) == len(own):
+        return failed("No gradient reaches the adapter: it takes no part in the forward pass.", len(own), facts)
+    plain = str(reference.model.peft_config[name].peft_type.value) == "LORA" and _is_plain(reference, name)
+    if without and plain:
+        text = f"{counted(len(without), 'tensor')} of {len(own)} get no gradient, first {without[0]}"
+        return Finding(Outcome.WARN, f"{text}: that module is not used by this base.", len(without), facts)
+    return passed(f"Gradients reach its {len(own) - len(without)} parameters and no other adapter's.", 0, facts)
+
+
+def _ask_weighted(reference: Reference, subject: str) -> Finding:
+    model = reference.model
+    if str(model.peft_config[subject].peft_type.value) != "LORA":
+        return skipped("PEFT combines adapters by weight for LoRA.")
+    usable = [n for n in reference.paths if _is_plain(reference, n)]
+    if subject not in usable:
+        return skipped("PEFT's own limit: combined adapters lose variants, patterns and modules_to_save.")
+    names = [subject, *[n for n in usable if n != subject][:1]]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.add_weighted_adapter(names, [1.0] * len(names), _COMBINED, combination_type="cat")
+        got = reference.logits(_COMBINED, reference.short)
+        want = _together(reference, names)
+    except (ValueError, NotImplementedError, TypeError, KeyError) as e:
+        return skipped(f"PEFT does not combine it: {str(e).splitlines()[0].rstrip('.')}.")
+    finally:
+        if _COMBINED in model.peft_config:
+            model.delete_adapter(_COMBINED)
+        reference.logits(subject, reference.short[:1])
+    span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
+    error = float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
+    if error <= LOGITS_TOLERANCE:
+        return passed(f"{' + '.join(names)}, combined into one adapter, gives what they give together.", error)
+    text = f"{' + '.join(names)}, combined by add_weighted_adapter, differs by {number(error)} of the range from both at once"
+    return failed(f"{text}. Are rank and scaling in the configuration those of the tensors?", error)
+
+
+def _is_plain(reference: Reference, name: str) -> bool:
+    config = reference.model.peft_config[name]
+    plain = str(config.peft_type.value) == "LORA" and not any(getattr(config, f, None) for f in _PLAIN)
+    return plain and getattr(config, "bias", "none") in ("none", None)
+
+
+def _together(reference: Reference, names: list[str]) -> Logits:
+    with reference.selected(names[0]) as model:
+        model.base_model.set_adapter(names)
+        return reference.logits(None, reference.short)
+
+
+CHECKS: tuple[Check[Reference], ...] = (
+    Check("generate", "generate() uses the adapter", "What generates is another path than the forward pass: it may use the base, or a cache that the method does not work with.", _ask_generate, 2 * LOGITS_TOLERANCE, "of range", of_base=True),
+    Check("gradients", "Gradients reach this adapter alone", "Training on must change this adapter and no other; a tensor without gradient is not used.", _ask_gradients, 0, "parameters"),
+    Check("weighted", "Weighted combination", "Concatenated factors add up to what both adapters give together, up to rounding.", _ask_weighted, LOGITS_TOLERANCE, "of range"),
+)  # fmt: skip
+"""Asked of each adapter."""
