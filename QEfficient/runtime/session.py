@@ -6,6 +6,7 @@ are bound to the same memory, an adapter is bound when it is first selected (to 
 the same whatever their number and size), and a call binds only tokens, positions and logits.
 """
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,9 @@ from QEfficient.store import verify_files
 Array = npt.NDArray[Any]
 
 _ALIGN_BYTES = 64
+_DISABLE_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+"""ONNX Runtime's tiled attention takes a token at 4096 positions 1.1 times as long as its plain one (docs/performance.md); it
+is chosen by this variable of the environment only, read when a session is made. A caller's own setting stays."""
 
 
 class Session(Protocol):
@@ -111,6 +115,7 @@ class OrtSession:
         options = onnxruntime.SessionOptions()
         if threads is not None:
             options.intra_op_num_threads = threads
+        os.environ.setdefault(_DISABLE_FLASH, "1")
         try:
             self._ort = onnxruntime.InferenceSession(folder / MODEL_FILE, options, providers=["CPUExecutionProvider"])
         except Exception as e:  # ONNX Runtime's exceptions share no base class
