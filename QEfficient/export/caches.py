@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.shadow.layers import ShadowCache, ShadowLayer
+from torch import Tensor, nn
 from transformers import Cache
 
 from QEfficient.errors import UnsupportedError
@@ -163,6 +164,32 @@ class GraphCache(_TracedCache):
             version=OPSET,
         )
         return self.states[name]
+
+
+class _Behind(_TracedCache):
+    """A cache whose layers are counted behind those of another one, in the same states."""
+
+    def __init__(self, cache: Any, layers: int) -> None:
+        super().__init__()
+        self.cache, self.before = cache, layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        made: tuple[Tensor, Tensor] = self.cache.update(key_states, value_states, layer_idx + self.before)
+        return made
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        sizes: tuple[int, int] = self.cache.get_mask_sizes(query_length, layer_idx)
+        return sizes
+
+
+def for_model(cache: Any, inner: nn.Module) -> Any:
+    """Return ``cache`` in the form in which the model takes it: in a pair, where PEFT runs a second network beside it."""
+    if not any(isinstance(module, ShadowLayer) for module in inner.modules()):
+        return cache
+    config: Any = inner.config
+    return ShadowCache(base=cache, shadow=_Behind(cache, config.get_text_config().num_hidden_layers))
 
 
 def _kind(kind: str, state_idx: int) -> str:

@@ -140,6 +140,7 @@ class Learning(_Replaced):
         self.cache = cache
         self.followers: list[tuple[Layer, Layer]] = []
         self._templates: dict[Any, tuple[Layer, Any]] = {}
+        self._kept: list[Any] = []  # arguments are told apart by identity, so they have to live
 
     def run(self, layer: Layer, forward: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
         """Run a template, or repeat what it returned."""
@@ -149,6 +150,7 @@ class Learning(_Replaced):
             self.followers.append((layer, template))
             self.cache.shapes[layer.index] = self.cache.shapes[template.index]
             return result
+        self._kept.append(leaves)
         before = set(self.cache.shapes)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         result = forward(*args, **kwargs)

@@ -16,10 +16,14 @@ from peft import PeftConfig, PeftModel
 from peft.tuners._buffer_dict import BufferDict
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from transformers import PreTrainedModel
 
 from QEfficient.errors import UnsupportedError
 
 PEFT_PREFIX = "base_model.model."
+
+TASKS = "qeff_tasks"
+"""Attribute of a ``PeftModel``: the task chosen for each adapter that holds several."""
 
 # Which dimension of which LoRA tensor is the rank. It is dynamic, so that one graph serves adapters of every rank.
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
@@ -35,7 +39,10 @@ NOT_IN_GRAPH = frozenset(
 
 
 # Methods whose forward can be traced and would then compute something else than in PyTorch, and why.
-_DIFFERS = {"LILY": "its router averages over all tokens of a batch, padding and other rows included"}
+_DIFFERS = {
+    "LILY": "its router averages over all tokens of a batch, padding and other rows included",
+    "XLORA": "it runs the model twice, and mixes adapters by what it sees of the whole prompt",
+}
 
 
 @dataclass(slots=True)
@@ -48,6 +55,7 @@ class Lifted:
         scalings: The scaling of each adapted module, by input name.
         sites: Parameter or buffer path in the module tree -> name in ``base`` or ``adapter``.
         entries: Name in ``adapter`` or ``scalings`` -> module path and attribute of a dict that holds it, by adapter.
+        shared: Module path and attribute of the same dict elsewhere, ``path.attribute`` -> name.
         rank_axes: Adapter tensors with a dynamic rank, and which dimension it is.
     """
 
@@ -56,6 +64,7 @@ class Lifted:
     scalings: dict[str, float] = field(default_factory=dict)
     sites: dict[str, str] = field(default_factory=dict)
     entries: dict[str, tuple[str, str]] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)
     rank_axes: dict[str, int] = field(default_factory=dict)
 
 
@@ -67,19 +76,59 @@ def refuse(config: PeftConfig) -> None:
     """
     method = str(plain(config.peft_type))
     reason = _DIFFERS.get(method)
-    if config.is_prompt_learning:
-        reason = (
-            "its virtual tokens are embeddings or cache entries in front of the prompt, and a graph takes token ids"
-        )
-    elif getattr(config, "alora_invocation_tokens", None):
+    if getattr(config, "alora_invocation_tokens", None):
         method, reason = "aLoRA", "it begins to act behind a token that it looks for in the prompt"
+    elif getattr(config, "arrow_config", None):
+        method, reason = "Arrow", "it is a mixture of the model's other adapters"
     if reason is not None:
         raise UnsupportedError(f"adapters of the method {method} cannot be exported: {reason}")
 
 
 def inner_model(model: nn.Module) -> nn.Module:
     """Return the transformers model inside a ``PeftModel``, or ``model`` itself."""
-    return model.base_model.model if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+    if not isinstance(model, PeftModel):
+        return model
+    base = model.base_model
+    return base if isinstance(base, PreTrainedModel) else base.model  # type: ignore[return-value]
+
+
+def beside(model: nn.Module) -> dict[str, nn.Module]:
+    """Return modules with parameters that PEFT keeps beside the transformers model, by name: networks of their own."""
+    inner = inner_model(model)
+    if not isinstance(model, PeftModel) or model.base_model is inner:
+        return {}
+    children = model.base_model.named_children()
+    return {name: m for name, m in children if m is not inner and next(m.parameters(), None) is not None}
+
+
+def _together(model: nn.Module) -> nn.Module:
+    """Return one module that shares the parts of the transformers model and of what stands beside it."""
+    inner, more = inner_model(model), beside(model)
+    if not more:
+        return inner
+    made = nn.Module()
+    made._parameters, made._buffers = inner._parameters, inner._buffers
+    made._modules = {**inner._modules, **more}
+    return made
+
+
+def tasks_of(config: PeftConfig) -> int:
+    """Return how many tasks an adapter holds one by one; 0 for a method that knows no tasks."""
+    return next((n for f in ("num_tasks", "n_tasks") if (n := getattr(config, f, 0))), 0)
+
+
+def task_of(model: nn.Module, adapter_name: str) -> int:
+    """Return the task chosen for an adapter, the first one if none was."""
+    return int(getattr(model, TASKS, {}).get(adapter_name, 0))
+
+
+def shapes_graph(config: PeftConfig) -> bool:
+    """Return whether a method changes what a model computes, not only what stands in its cache at first.
+
+    Virtual tokens come before every token and see none, so their keys and values depend on adapter and base alone: they
+    are the first entries of the cache, and the graph is the bare base's.
+    """
+    return not config.is_prompt_learning
 
 
 def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
@@ -92,7 +141,7 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
     lifted = Lifted()
     saved = _saved_names(model, adapter_name) if adapter_name is not None else {}
     names: dict[Any, str] = {}
-    inner = inner_model(model)
+    inner = _together(model)
     adapters = set(model.peft_config) if isinstance(model, PeftModel) else set()
     tensors = [*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)]
     for path, tensor in tensors:
@@ -113,6 +162,7 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
         group[name] = tensor
     if adapter_name is not None:
         _lift_entries(inner, adapter_name, saved, lifted)
+        _choose_rows(inner, task_of(model, adapter_name), lifted)
         lifted.rank_axes = _rank_axes(lifted.adapter)
         for path, name in lifted.sites.items():
             if name in lifted.rank_axes and _is_stacked(inner, path):
@@ -175,19 +225,39 @@ def _without(path: str, adapter_name: str) -> str:
 
 def _lift_entries(inner: nn.Module, adapter_name: str, saved: dict[Any, str], lifted: Lifted) -> None:
     """Lift what modules keep outside of their parameters and buffers: dicts of tensors, and of scalings, by adapter."""
+    seen: dict[Any, str] = {}
     for path, module in inner.named_modules():
         for attribute, by_adapter in vars(module).items():
-            if attribute.startswith("_") or not isinstance(by_adapter, dict) or adapter_name not in by_adapter:
+            if (
+                attribute.startswith("_")
+                or not isinstance(by_adapter, dict | BufferDict)
+                or adapter_name not in by_adapter
+            ):
                 continue
             value, name = by_adapter[adapter_name], f"{PEFT_PREFIX}{path}.{attribute}"
             if isinstance(value, torch.Tensor):
-                name = saved.get(_identity(value), name)
+                if attribute.endswith("_size"):
+                    continue  # what shapes the graph is no input of it
+                key = _identity(value)
+                if key in seen:
+                    lifted.shared[f"{path}.{attribute}"] = seen[key]
+                    continue
+                name = seen[key] = saved.get(key, name)
                 lifted.adapter[name] = value
             elif attribute == "scaling" and isinstance(value, int | float):
                 lifted.scalings[name] = float(value)
             else:
                 continue
             lifted.entries[name] = (path, attribute)
+
+
+def _choose_rows(inner: nn.Module, task: int, lifted: Lifted) -> None:
+    """Of parameters that keep a row for each task, lift the row of the chosen task: the graph runs one task."""
+    for path, name in lifted.sites.items():
+        count = getattr(inner.get_submodule(path.rpartition(".")[0]), "n_tasks", None)
+        tensor = lifted.adapter.get(name)
+        if isinstance(count, int) and tensor is not None and tensor.shape[0] == count:
+            lifted.adapter[name] = tensor[task : task + 1]
 
 
 def _is_stacked(inner: nn.Module, path: str) -> bool:

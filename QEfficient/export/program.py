@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from QEfficient.contract import RETAINED, StateSpec
 from QEfficient.errors import UnsupportedError
 from QEfficient.export.attention import EAGER_ATTENTION, ONNX_ATTENTION, tracing
-from QEfficient.export.caches import RECURRENT, GraphCache, Shape, ShapeCache
+from QEfficient.export.caches import RECURRENT, GraphCache, Shape, ShapeCache, for_model
 from QEfficient.export.layers import Layer, Learning, Marking, find_layers
 from QEfficient.export.lift import Lifted
 from QEfficient.export.positions import RowPositions
@@ -69,11 +69,16 @@ class Program(nn.Module):
             if name in named:
                 vars(self.inner.get_submodule(path))[attribute][self.adapter_name] = named[name]
         holder = "past_key_values" if "past_key_values" in self.accepts else "cache_params"
-        kwargs: dict[str, Any] = {"input_ids": input_ids, holder: cache, "use_cache": True}
+        kwargs: dict[str, Any] = {"input_ids": input_ids, holder: for_model(cache, self.inner), "use_cache": True}
         if "position_ids" in self.accepts and not self.counts:
             kwargs["position_ids"] = position_ids.clamp(min=0)
         replaced = {path: named[name] for path, name in self.sites.items() if name in named}
-        with self._last_token_only(position_ids), Repairs(), RowPositions(position_ids[:, 0].clamp(min=0)):
+        with (
+            self._last_token_only(position_ids),
+            _first_task(self.inner),
+            Repairs(),
+            RowPositions(position_ids[:, 0].clamp(min=0)),
+        ):
             out = torch.func.functional_call(self.inner, replaced, (), kwargs, tie_weights=False)
         return out.logits  # type: ignore[no-any-return]
 
@@ -102,7 +107,7 @@ class Program(nn.Module):
     def own(self) -> dict[str, dict[str, str]]:
         """Return, for each follower's path: its template's inputs and outputs -> its own."""
         entries = {f"{path}.{attribute}": name for name, (path, attribute) in self.lifted.entries.items()}
-        sites = {**self.lifted.sites, **entries}
+        sites = {**self.lifted.sites, **entries, **self.lifted.shared}
         found = {}
         for layer, template in self.followers:
             start = f"{template.path}."
@@ -215,6 +220,23 @@ def _try(program: Program, fakes: Fakes, attention: str) -> tuple[ShapeCache, Le
     with fakes.mode, tracing(fakes.positions, _SEQUENCE) as call, learning:
         program.run(fakes.ids, fakes.positions, cache, fakes.tensors(program))
     return cache, learning, call.attention_nodes
+
+
+@contextmanager
+def _first_task(inner: nn.Module) -> Iterator[None]:
+    """Tell modules that ask for ``task_ids`` to take the first task: what was lifted of them is the chosen one."""
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: (args, kwargs | {"task_ids": torch.tensor([0])}), with_kwargs=True
+        )
+        for module in inner.modules()
+        if "task_ids" in inspect.signature(module.forward).parameters
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _set_attention(inner: nn.Module, implementation: str) -> None:

@@ -4,12 +4,15 @@
 They are replaced by what is called, never by who calls it: no PEFT method and no model is named here.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Repairs(TorchFunctionMode):
@@ -67,6 +70,52 @@ def unsqueeze(tensor: Tensor, dim: int) -> Tensor:
     return torch.view_as_complex(torch.view_as_real(tensor).unsqueeze(dim if dim >= 0 else dim - 1))
 
 
+def fft(signal: Tensor, *, sign: int = -1) -> Tensor:
+    """Return the discrete Fourier transform over the last dimension, complex, as products with cosines and sines.
+
+    Args:
+        signal: Real or complex, ``(..., n)``, ``n`` known when tracing.
+        sign: -1, or 1 for the inverse without its factor ``1 / n``.
+    """
+    size = signal.shape[-1]
+    turns = torch.arange(size)[:, None] * torch.arange(size)[None] % size
+    angles = turns.to(torch.float32) * (2 * math.pi / size)
+    cos, sin = angles.cos(), angles.sin() * sign
+    if not signal.is_complex():
+        return torch.view_as_complex(torch.stack([signal @ cos, signal @ sin], -1))
+    real, imaginary = torch.view_as_real(signal).unbind(-1)
+    return torch.view_as_complex(torch.stack([real @ cos - imaginary @ sin, real @ sin + imaginary @ cos], -1))
+
+
+def ifft(signal: Tensor) -> Tensor:
+    """Return the inverse of :func:`fft`."""
+    return fft(signal / signal.shape[-1], sign=1)
+
+
+def einsum(equation: str, *operands: Any) -> Tensor:
+    """Return ``torch.einsum``, of two complex tensors by way of their parts."""
+    tensors = operands[0] if len(operands) == 1 and not isinstance(operands[0], Tensor) else operands
+    if not any(t.is_complex() for t in tensors):
+        return torch.einsum(equation, *tensors)
+    (a, b), (c, d) = (torch.view_as_real(t).unbind(-1) for t in tensors)
+    real = torch.einsum(equation, a, c) - torch.einsum(equation, b, d)
+    imaginary = torch.einsum(equation, a, d) + torch.einsum(equation, b, c)
+    return torch.view_as_complex(torch.stack([real, imaginary], -1))
+
+
+def real_part(tensor: Tensor) -> Tensor:
+    """Return the real part."""
+    return torch.view_as_real(tensor)[..., 0] if tensor.is_complex() else tensor
+
+
+def tolist(tensor: Tensor) -> Any:
+    """Return the numbers of a tensor that is no input: they are known while tracing (sizes, kept in a buffer)."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.tolist()
+    with _disable_current_modes():
+        return tensor.tolist()
+
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: torch.detach,  # a traced tensor has no data of its own
     torch.linalg.solve: solve,
@@ -76,5 +125,17 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.view: view,
     torch.Tensor.unsqueeze: unsqueeze,
     torch.unsqueeze: unsqueeze,
+    torch.Tensor.bmm: torch.matmul,  # one matrix for all rows will do
+    torch.bmm: torch.matmul,
+    # What is sparse is traced dense.
     torch.Tensor.to_dense: lambda tensor, *_, **__: tensor,
+    torch.Tensor.coalesce: lambda tensor: tensor,
+    torch.Tensor._nnz: lambda tensor: tensor.numel(),
+    torch.sparse.mm: torch.matmul,
+    torch.Tensor.tolist: tolist,
+    # ONNX has no complex numbers.
+    torch.fft.fft: fft,
+    torch.fft.ifft: ifft,
+    torch.functional.einsum: einsum,
+    vars(torch._C.TensorBase)["real"].__get__: real_part,
 }

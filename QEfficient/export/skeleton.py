@@ -10,6 +10,8 @@ import copy
 import torch
 from torch import nn
 
+from QEfficient.export.lift import beside, inner_model
+
 
 def skeleton_of(model: nn.Module) -> nn.Module:
     """Return a copy of ``model`` whose parameters take no memory.
@@ -25,6 +27,8 @@ def skeleton_of(model: nn.Module) -> nn.Module:
         if buffer.device.type != "meta":
             memo[id(buffer)] = _plain(buffer)
     skeleton: nn.Module = copy.deepcopy(model, memo)
+    for name, module in beside(skeleton).items():
+        inner_model(skeleton).add_module(name, module)  # so that everything that is traced hangs on one module
     return skeleton.eval()
 
 

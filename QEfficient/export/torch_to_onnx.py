@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
 from QEfficient.errors import ArtifactError, ConfigError
-from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, refuse
+from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, refuse, shapes_graph
 from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.trace import Traced, trace
 from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter, StaticReshape
@@ -58,7 +58,10 @@ def export_graph(
     if logits not in LOGITS_CHOICES:
         raise ConfigError(f"logits must be one of {', '.join(LOGITS_CHOICES)}, not {logits!r}")
     if adapter_name is not None:
-        refuse(model.peft_config[adapter_name])  # type: ignore[index, arg-type]
+        config = model.peft_config[adapter_name]  # type: ignore[index]
+        refuse(config)  # type: ignore[arg-type]
+        if not shapes_graph(config):  # type: ignore[arg-type]
+            model, adapter_name, neutral = inner_model(model), None, None
     skeleton = skeleton_of(model)
     lifted = lift(skeleton, adapter_name)
     base = _Base.of(model, lifted, checkpoint)

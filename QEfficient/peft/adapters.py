@@ -20,7 +20,8 @@ from safetensors.numpy import save_file
 
 from QEfficient.contract import ADAPTERS_DIR, BASE, NEUTRAL_FILE, AdapterSpec, Manifest
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError
-from QEfficient.export.lift import graph_fields, lift, plain
+from QEfficient.export.lift import graph_fields, lift, plain, shapes_graph
+from QEfficient.peft.virtual_tokens import first_entries
 from QEfficient.store import is_local, write_file
 
 CONFIG_FILE = "adapter_config.json"
@@ -34,7 +35,8 @@ class Adapter:
     Attributes:
         name: What the user calls it.
         config: Its PEFT configuration.
-        tensors: Arrays by their names in the adapter's file.
+        tensors: Arrays by their names in the adapter's file; of prompt learning, the first entries of the cache by
+            state name.
         scalings: What PEFT multiplies each adapted module's output by, by graph input name.
     """
 
@@ -52,6 +54,8 @@ class Adapter:
         """
         if name not in model.peft_config:
             raise AdapterNotFoundError(f"no adapter {name!r}; there are: {', '.join(model.peft_config) or 'none'}")
+        if not shapes_graph(model.peft_config[name]):
+            return cls(name, model.peft_config[name], first_entries(model, name), {})
         lifted = lift(model, name)
         return cls(name, model.peft_config[name], {n: to_numpy(t) for n, t in lifted.adapter.items()}, lifted.scalings)
 
@@ -164,12 +168,18 @@ def fit(adapter: Adapter, manifest: Manifest, neutral: Mapping[str, np.ndarray] 
         manifest: The graph's manifest.
         neutral: Values of ``neutral.safetensors``, for targets that the adapter lacks.
 
+    Returns:
+        Arrays by input name, and the first entries of the cache by state name.
+
     Raises:
         AdapterMismatchError: A tensor or a field of the configuration does not fit; names the first and both values.
     """
+    specs = {spec.name: spec for spec in manifest.adapter}
+    if not shapes_graph(adapter.config):
+        none = {name: _fit_tensor(adapter.name, spec, (neutral or {}).get(name), 1) for name, spec in specs.items()}
+        return none | _fit_entries(adapter, manifest)
     _check_structure(adapter, manifest)
     given = adapter.inputs()
-    specs = {spec.name: spec for spec in manifest.adapter}
     for name in sorted(given):
         if name not in specs:
             raise AdapterMismatchError(
@@ -223,6 +233,19 @@ def _check_structure(adapter: Adapter, manifest: Manifest) -> None:
                 f"adapter {adapter.name!r} does not fit the graph: {key} is {ours.get(key)!r}, exported with "
                 f"{theirs.get(key)!r}. Export again with {adapter.name!r} active."
             )
+
+
+def _fit_entries(adapter: Adapter, manifest: Manifest) -> dict[str, np.ndarray]:
+    """Return the first entries of the cache that an adapter of prompt learning brings, if they fit the graph's states."""
+    for spec in manifest.states:
+        have = adapter.tensors.get(spec.name)
+        given = "nothing" if have is None else [have.shape[0], "ctx_len", *have.shape[2:]]
+        if given != list(spec.shape[1:]):
+            raise AdapterMismatchError(
+                f"adapter {adapter.name!r} does not fit the graph: its virtual tokens bring {given} for {spec.name}, the "
+                f"graph keeps {list(spec.shape[1:])}. Was it trained on another base?"
+            )
+    return {spec.name: np.asarray(adapter.tensors[spec.name], spec.dtype, order="C") for spec in manifest.states}
 
 
 def _rank(spec: AdapterSpec, array: np.ndarray) -> int:

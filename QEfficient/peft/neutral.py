@@ -16,6 +16,7 @@ from torch import nn
 
 from QEfficient.export.lift import inner_model, lift
 from QEfficient.peft.adapters import to_numpy
+from QEfficient.peft.tasks import choose_task, task_of
 
 
 def neutral_of(model: PeftModel, name: str) -> dict[str, np.ndarray]:
@@ -33,6 +34,7 @@ def neutral_of(model: PeftModel, name: str) -> dict[str, np.ndarray]:
     with torch.no_grad():
         want = bare(input_ids=ids).logits
         fresh_model = get_peft_model(bare, _fresh(model.peft_config[name]), adapter_name=name).eval()
+        choose_task(fresh_model, name, task_of(model, name))
         fresh = lift(fresh_model, name)
         values = {n: to_numpy(t).copy() for n, t in fresh.adapter.items() if n not in fresh.rank_axes}
         if not _close(fresh_model(input_ids=ids).logits, want):
@@ -75,5 +77,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
             module = module.get_base_layer()
         elif isinstance(module, AuxiliaryTrainingWrapper):
             module = module.original_module
+        elif type(module).__module__.startswith("peft.") and isinstance(getattr(module, "model", None), nn.Module):
+            module = module.model  # type: ignore[assignment]
         else:
             return module

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from QEfficient.contract import Manifest
 from QEfficient.errors import AdapterMismatchError, ConfigError
-from QEfficient.export.lift import Lifted, inner_model, lift
+from QEfficient.export.lift import Lifted, inner_model, lift, shapes_graph
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
 from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
@@ -66,6 +66,8 @@ def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool
         adapters: By name.
         held: Hold the adapters' tensors against what their configurations put on the base.
     """
+    if not all(shapes_graph(adapter.config) for adapter in adapters.values()):
+        return None  # virtual tokens run through the base's weights once
     try:
         config = AutoConfig.from_pretrained(str(base))
     except (OSError, ValueError) as e:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import safetensors
 from safetensors.numpy import load_file
 
-from QEfficient.contract import AdapterSpec
+from QEfficient.contract import AdapterSpec, StateSpec
 from QEfficient.errors import AdapterMismatchError, ArtifactError
 from QEfficient.options import suggest
 
@@ -83,6 +83,27 @@ def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
 def rank_of(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> int:
     """Return the size of the dynamic dimension; 1 if no tensor has one."""
     return next((tensors[s.name].shape[s.shape.index("rank")] for s in specs if "rank" in s.shape), 1)
+
+
+def split_entries(
+    name: str, tensors: Mapping[str, Array], states: Sequence[StateSpec]
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Tell an adapter's tensors from what it puts first into every row of the cache, ``(heads, V, head_dim)`` by state.
+
+    Raises:
+        AdapterMismatchError: An entry does not fit its state, or states are missing.
+    """
+    known = {s.name: s for s in states}
+    entries = {n: np.array(t, known[n].dtype, order="C") for n, t in tensors.items() if n in known}
+    counts = {t.shape[1] for t in entries.values() if t.ndim > 1}
+    for spec in states if entries else ():
+        given = entries[spec.name].shape if spec.name in entries else ()
+        wanted = tuple(max(counts, default=0) if d == "ctx_len" else d for d in spec.shape[1:])
+        if given != wanted or spec.shape.index("ctx_len") != 2:
+            raise AdapterMismatchError(
+                f"adapter {name!r} does not fit the graph: it begins {spec.name!r} with {given}, the graph takes {wanted}"
+            )
+    return {n: t for n, t in tensors.items() if n not in known}, entries
 
 
 def neutral_tensors(specs: Sequence[AdapterSpec], file: Path) -> dict[str, Array]:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from QEfficient.contract import BASE
-from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, QueueFullError
+from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, QueueFullError, UnsupportedError
 from QEfficient.options import suggest
 from QEfficient.runtime.requests import Request, Stream
 from QEfficient.runtime.sampling import Chooser
@@ -155,6 +155,10 @@ class Engine:
             if not np.isfinite(tensor).all():
                 # Masked out, 0 * inf would still be NaN in every row.
                 raise AdapterMismatchError(f"adapter {name!r} cannot be used: {key!r} holds values that are not finite")
+        if any(spec.name in tensors for spec in self._session.manifest.states):
+            raise UnsupportedError(
+                f"adapter {name!r} is virtual tokens, which the engine does not put into its rows yet; use a session"
+            )
         with self._condition:
             self._loads += 1
             version = f"{name}@{self._loads}"

@@ -266,7 +266,7 @@ class SessionModel(GenerationMixin):
         model_kwargs["past_key_values"] = SessionCache(self.session, chunk_len, rows)
 
     def _allocate(self, rows: int, need: int) -> None:
-        longest = longest_context(self.session.manifest)
+        longest = longest_context(self.session.manifest) - self.session.virtual_tokens
         if need > longest:
             raise ConfigError(
                 f"the context does not fit: prompt and new tokens need {need} positions, the longest context is {longest}. "

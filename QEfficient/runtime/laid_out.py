@@ -50,7 +50,10 @@ def load_file(session: OrtSession, name: str, source: Path, read: Callable[[], M
     if found is not None:
         session.adopt_adapter(name, found)
         return True
-    session.load_adapter(name, read())
+    tensors = read()
+    session.load_adapter(name, tensors)
+    if any(spec.name in tensors for spec in session.manifest.states):
+        return False  # virtual tokens are copied into rows, not bound
     try:
         write_file(path, lambda aside: _write(aside, session.placed_adapter(name), record_file(source)))
     except OSError:

@@ -32,9 +32,16 @@ from QEfficient.contract import (
     Manifest,
     StateSpec,
 )
-from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
+from QEfficient.errors import (
+    AdapterMismatchError,
+    AdapterNotFoundError,
+    ArtifactError,
+    ConfigError,
+    NotCompiledError,
+    UnsupportedError,
+)
 from QEfficient.options import suggest
-from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, validate
+from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, split_entries, validate
 from QEfficient.store import verify_files
 
 Array = npt.NDArray[Any]
@@ -65,6 +72,10 @@ class Session(Protocol):
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names of the resident adapters, without ``"base"``."""
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Cache entries that the active adapter takes in front of every row's own."""
 
     def allocate(self, batch_size: int, ctx_len: int) -> None:
         """Make the cache for ``batch_size`` rows of ``ctx_len`` positions, all zero."""
@@ -125,9 +136,11 @@ class OrtSession:
         self._one_token = bool(self.manifest.options.get(ONE_TOKEN, False))
         self._last: dict[int, tuple[int, Array]] = {}  # row -> position and logits of its last token, if one_token
         self._states: dict[str, Array] = {}
-        self._batch_size = self._ctx_len = self._filled = 0
+        self._batch_size = self._ctx_len = self._room = self._filled = 0
         base = neutral_tensors(self.manifest.adapter, folder / NEUTRAL_FILE) | self._mask(1)
         self._adapters: dict[str, dict[str, Array]] = {BASE: base}
+        self._entries: dict[str, dict[str, Array]] = {}  # what an adapter puts first into every row of the cache
+        self._shift = np.zeros(0, np.int64)  # how many entries each row began with; its tokens stand behind them
         self._active = BASE
         self._bindings: dict[str, Any] = {}  # of the cache and an adapter, made when first used
 
@@ -151,6 +164,11 @@ class OrtSession:
         """Names of the resident adapters, without ``"base"``."""
         return tuple(n for n in self._adapters if n != BASE)
 
+    @property
+    def virtual_tokens(self) -> int:
+        """Cache entries that the active adapter takes in front of every row's own."""
+        return _count(self._entries.get(self._active, {}))
+
     def allocate(self, batch_size: int, ctx_len: int) -> None:
         """Make the cache for ``batch_size`` rows of ``ctx_len`` positions, all zero.
 
@@ -162,7 +180,9 @@ class OrtSession:
             raise ConfigError(f"batch_size and ctx_len must be at least 1, not {batch_size} and {ctx_len}")
         if ctx_len > (longest := longest_context(self.manifest)):
             raise ConfigError(f"ctx_len is {ctx_len}, but the longest context of {self.folder} is {longest}")
-        shapes = {s.name: _fill_in(s, batch_size, ctx_len) for s in self.manifest.states}
+        # Adapters with virtual tokens find room for them in front; positions that callers give do not count them.
+        room = ctx_len + max((_count(entries) for entries in self._entries.values()), default=0)
+        shapes = {s.name: _fill_in(s, batch_size, min(room, longest)) for s in self.manifest.states}
         need = sum(int(np.prod(shapes[s.name])) * np.dtype(s.dtype).itemsize for s in self.manifest.states)
         with self._lock:
             # What the present cache holds is given back first, so it counts as available.
@@ -176,6 +196,8 @@ class OrtSession:
             self._states = {}
             self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
             self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
+            self._room = min(room, longest)
+            self._shift = np.zeros(batch_size, np.int64)
             self._last = {}
 
     def reset(self) -> None:
@@ -209,6 +231,7 @@ class OrtSession:
         positions = np.ascontiguousarray(position_ids, dtype=np.int64)
         with self._lock:
             self._check(ids, positions)
+            positions = self._behind_entries(positions)
             self._filled = max(self._filled, int(positions[:, 0].max()) + ids.shape[1])
             if self._one_token:
                 return self._run_tokens(ids, positions)
@@ -234,6 +257,7 @@ class OrtSession:
                     filled[spec.shape.index("ctx_len")] = slice(0, self._filled)
                 view = state[tuple(filled)]
                 view[moved] = view[source[moved]]
+            self._shift = self._shift[source]
             self._last = {row: self._last[was] for row, was in enumerate(source.tolist()) if was in self._last}
 
     def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
@@ -241,7 +265,9 @@ class OrtSession:
 
         Args:
             name: Any name but ``"base"``.
-            tensors: Every adapter tensor of the manifest, scalings included, named and shaped as in the adapter's file.
+            tensors: Every adapter tensor of the manifest, scalings included, named and shaped as in the adapter's file. An
+                adapter with virtual tokens brings the first entries of every state too, ``(heads, V, head_dim)`` by the
+                state's name: rows that begin with it begin with them.
                 Read-only arrays (memory-mapped files) are used where they are; others are copied.
 
         Raises:
@@ -250,16 +276,22 @@ class OrtSession:
         """
         if name == BASE:
             raise ConfigError(f"{BASE!r} names the base without an adapter; give the adapter another name")
-        validate(name, tensors, self.manifest.adapter)
-        placed = place(tensors, self.manifest.adapter) | self._mask(rank_of(tensors, self.manifest.adapter))
+        inputs, entries = split_entries(name, tensors, self.manifest.states)
+        validate(name, inputs, self.manifest.adapter)
+        placed = place(inputs, self.manifest.adapter) | self._mask(rank_of(inputs, self.manifest.adapter))
         with self._lock:
             self._bindings.pop(name, None)
-            self._adapters[name] = placed
+            self._adapters[name], self._entries[name] = placed, entries
 
     def placed_adapter(self, name: str) -> dict[str, Array]:
         """Return a resident adapter's tensors as they are bound, by the program's input names; not copies."""
         with self._lock:
             self._known(name)
+            if self._entries.get(name):
+                raise UnsupportedError(
+                    f"adapter {name!r} is virtual tokens, which are no inputs of a program: it cannot be laid out or mixed with "
+                    "others in one batch; use a session of its own"
+                )
             return dict(self._adapters[name])
 
     def adopt_adapter(self, name: str, placed: Mapping[str, Array]) -> None:
@@ -276,11 +308,12 @@ class OrtSession:
             raise AdapterMismatchError(f"adapter {name!r} was laid out for another program; load it with load_adapter")
         with self._lock:
             self._bindings.pop(name, None)
-            self._adapters[name] = dict(placed)
+            self._adapters[name], self._entries[name] = dict(placed), {}
 
     def read_row(self, row: int, length: int) -> dict[str, Array]:
         """Return a copy of a row's state, the first ``length`` positions of what has positions, by state name."""
         with self._lock:
+            length += int(self._shift[row])
             return {s.name: self._row_part(s, row, length).copy() for s in self.manifest.states}
 
     def write_row(self, row: int, parts: Mapping[str, Array]) -> None:
@@ -293,10 +326,11 @@ class OrtSession:
             for spec in self.manifest.states:
                 part = parts[spec.name]
                 length = part.shape[spec.shape.index("ctx_len") - 1] if "ctx_len" in spec.shape else 0
-                if length > self._ctx_len:
-                    raise ConfigError(f"the context does not fit: {length} positions, the cache holds {self._ctx_len}")
+                if length > self._room:
+                    raise ConfigError(f"the context does not fit: {length} positions, the cache holds {self._room}")
                 self._row_part(spec, row, length)[...] = part
                 self._filled = max(self._filled, length)
+            self._shift[row] = self.virtual_tokens
             self._last.pop(row, None)
 
     def _row_part(self, spec: StateSpec, row: int, length: int) -> Array:
@@ -328,7 +362,7 @@ class OrtSession:
             if name == self._active:
                 self._active = BASE
             self._bindings.pop(name, None)
-            del self._adapters[name]
+            del self._adapters[name], self._entries[name]
 
     def memory_bytes(self) -> dict[str, int]:
         """Return what ``weights``, ``cache`` and ``adapters`` take, in bytes; the cache counts as if it were full."""
@@ -336,7 +370,9 @@ class OrtSession:
         return {
             "weights": weights,
             "cache": sum(s.nbytes for s in self._states.values()),
-            "adapters": sum(t.nbytes for tensors in self._adapters.values() for t in tensors.values()),
+            "adapters": sum(
+                t.nbytes for held in (self._adapters, self._entries) for a in held.values() for t in a.values()
+            ),
         }
 
     def _mask(self, rank: int) -> dict[str, Array]:
@@ -349,6 +385,26 @@ class OrtSession:
             raise AdapterNotFoundError(
                 f"no adapter {name!r} is loaded{suggest(name, self._adapters)} (loaded: {known})"
             )
+
+    def _behind_entries(self, positions: Array) -> Array:
+        """Let rows that begin, begin with the active adapter's entries; return positions ``(B, S)`` in the cache."""
+        entries, count = self._entries.get(self._active, {}), self.virtual_tokens
+        begins = np.flatnonzero(positions[:, 0] == 0)
+        shift = self._shift.copy()
+        shift[begins] = count
+        ends = positions[:, 0] + shift + positions.shape[1]
+        if ends.max() > self._room:
+            row = int(ends.argmax())
+            raise ConfigError(
+                f"the context does not fit: row {row} needs {ends[row]} positions, {shift[row]} of them for virtual tokens, "
+                f"the cache holds {self._room}. Allocate after the adapter was loaded, or use a smaller context."
+            )
+        self._shift = shift
+        if not shift.any():
+            return positions
+        for name, first in entries.items():
+            self._states[name][begins, :, :count] = first
+        return np.where(positions >= 0, positions + shift[:, None], positions)
 
     def _check(self, ids: Array, positions: Array) -> None:
         if not self._batch_size:
@@ -429,6 +485,11 @@ class OrtSession:
         for name, tensor in self._adapters[self._active].items():
             _bind_input(binding, name, tensor)
         return binding
+
+
+def _count(entries: Mapping[str, Array]) -> int:
+    """Return how many virtual tokens these entries ``(heads, V, head_dim)`` are."""
+    return next((int(t.shape[1]) for t in entries.values()), 0)
 
 
 def longest_context(manifest: Manifest) -> int:

@@ -22,6 +22,7 @@ from QEfficient.errors import AdapterMismatchError, UnsupportedError
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
 from QEfficient.peft.neutral import neutral_of
+from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.runtime.session import OrtSession
 from scripts.coverage.shrink import VOCAB, tiny_model
 
@@ -122,7 +123,10 @@ def trained(base: Callable[[], PreTrainedModel], config: PeftConfig, seed: int) 
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return PeftModel.from_pretrained(base(), f"{folder}/a", adapter_name="a").eval()
+        loaded = PeftModel.from_pretrained(base(), f"{folder}/a", adapter_name="a").eval()
+    if tasks := tasks_of(config):
+        choose_task(loaded, "a", seed % tasks)
+    return loaded
 
 
 def prompts() -> list[torch.Tensor]:
@@ -134,7 +138,8 @@ def prompts() -> list[torch.Tensor]:
 def reference(model: torch.nn.Module) -> list[Array]:
     """Return PyTorch's logits of every position of each row, ``(n_b, V)``."""
     with torch.no_grad():
-        return [model(input_ids=row[None], use_cache=False).logits[0].float().numpy() for row in prompts()]
+        made = [model(input_ids=row[None], use_cache=False).logits[0].float().numpy() for row in prompts()]
+    return [logits[-len(row) :] for logits, row in zip(made, prompts(), strict=True)]  # behind virtual tokens
 
 
 def difference(session: OrtSession, adapter: str, want: list[Array], way: str) -> float:

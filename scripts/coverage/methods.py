@@ -46,7 +46,9 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "PROMPT_TUNING": {"num_virtual_tokens": 4},
     "PREFIX_TUNING": {"num_virtual_tokens": 4},
     "P_TUNING": {"num_virtual_tokens": 4, "encoder_hidden_size": 16},
-    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 4, "num_tasks": 3},
+    "CARTRIDGE": {"num_virtual_tokens": 4},
+    "SHADOW": {"r": 4, "target_modules": None},
     "ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2, "target_modules": None},
     "CPT": {"cpt_token_ids": [3, 4, 5, 6], "cpt_mask": [1, 1, 1, 1], "cpt_tokens_type_mask": [1, 2, 3, 4]},
 }

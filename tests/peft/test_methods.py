@@ -8,25 +8,32 @@ import numpy as np
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
+    ArrowConfig,
+    C3AConfig,
     FourierFTConfig,
+    FrodConfig,
     IA3Config,
     LilyConfig,
     LNTuningConfig,
     OFTConfig,
     PeftConfig,
     PeftModel,
-    PrefixTuningConfig,
-    PromptTuningConfig,
+    PolyConfig,
+    ShadowConfig,
     ShiraConfig,
     VBLoRAConfig,
     VeraConfig,
+    XLoraConfig,
     get_peft_model,
 )
 
 from QEfficient import QEffAutoPeftModelForCausalLM
 from QEfficient.contract import Manifest
 from QEfficient.errors import UnsupportedError
+from QEfficient.export.lift import refuse
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
+from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import OrtSession
 from tests.tiny import VOCAB, lora, make_base
@@ -46,6 +53,11 @@ CONFIGS: dict[str, PeftConfig] = {
     "fourierft": FourierFTConfig(task_type="CAUSAL_LM", target_modules=TARGETS, n_frequency=32),
     "shira": ShiraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=2),
     "ln_tuning": LNTuningConfig(task_type="CAUSAL_LM"),
+    "poly": PolyConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, n_tasks=3, n_skills=2),
+    "shadow": ShadowConfig(task_type="CAUSAL_LM", r=4),
+    "c3a": C3AConfig(task_type="CAUSAL_LM", target_modules=TARGETS, block_size=16),
+    "frod": FrodConfig(task_type="CAUSAL_LM", target_modules=TARGETS),
+    "adaption_prompt": AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=1),
 }
 
 
@@ -57,7 +69,10 @@ def trained(config: PeftConfig, seed: int, folder: Path) -> PeftModel:
         if parameter.requires_grad:
             parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(str(folder))
-    return PeftModel.from_pretrained(make_base("llama"), str(folder / "a"), adapter_name="a").eval()
+    loaded = PeftModel.from_pretrained(make_base("llama"), str(folder / "a"), adapter_name="a").eval()
+    if tasks := tasks_of(config):
+        choose_task(loaded, "a", seed % tasks)
+    return loaded
 
 
 @pytest.mark.parametrize("method", CONFIGS)
@@ -66,7 +81,8 @@ def test_method_equals_pytorch(method: str, tmp_path: Path) -> None:
     first, second = (trained(CONFIGS[method], seed, tmp_path / str(seed)) for seed in (1, 2))
     made = QEffAutoPeftModelForCausalLM(first)
     folder = made.export(tmp_path / "graph").parent
-    assert {n for n in made.adapter_weights["a"] if "base_layer" not in n} <= {
+    # What PEFT saves besides an adapter's tensors: base weights, and sizes, which are the shapes of others.
+    assert {n for n in made.adapter_weights["a"] if "base_layer" not in n and "_size" not in n} <= {
         a.name for a in Manifest.read(folder).adapter
     }
     session = OrtSession(made.compile(ctx_len=32))
@@ -92,12 +108,10 @@ def test_method_equals_pytorch(method: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PROMPT_TUNING .* in front of the prompt"),
-        (PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "PREFIX_TUNING .* in front of the prompt"),
         (LilyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4), "LILY .* averages over all tokens"),
         (lora(alora_invocation_tokens=[5, 6]), "aLoRA .* looks for in the prompt"),
     ],
-    ids=["prompt_tuning", "prefix_tuning", "lily", "alora"],
+    ids=["lily", "alora"],
 )
 def test_method_is_refused_with_the_reason(config: PeftConfig, reason: str, tmp_path: Path) -> None:
     """What would be wrong, or has no place in the graph, is refused before any work."""
@@ -105,3 +119,17 @@ def test_method_is_refused_with_the_reason(config: PeftConfig, reason: str, tmp_
     with pytest.raises(UnsupportedError, match=reason):
         made.export(tmp_path / "graph")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lora(arrow_config=ArrowConfig()), "Arrow .* other adapters"),
+        (XLoraConfig(hidden_size=64, adapters={}), "XLORA .* runs the model twice"),
+    ],
+    ids=["arrow", "xlora"],
+)
+def test_mixtures_of_adapters_are_refused(config: PeftConfig, reason: str) -> None:
+    """A configuration that says that an adapter is made of others is refused by itself."""
+    with pytest.raises(UnsupportedError, match=reason):
+        refuse(config)
