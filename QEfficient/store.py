@@ -17,6 +17,9 @@ import xxhash
 from QEfficient.errors import ArtifactError
 
 _CHUNK_BYTES = 1 << 24
+_SAMPLED = "sampled-"
+_SAMPLED_FROM_BYTES = 1 << 34  # reading 16 GB takes some ten seconds from memory, a minute from a disk
+_SAMPLES, _SAMPLE_BYTES = 4096, 4096
 
 
 def cache_root() -> Path:
@@ -36,24 +39,55 @@ def is_local(path: str | Path) -> bool:
 
 
 def digest_file(path: Path) -> str:
-    """Return the xxh3-128 digest of a file's bytes, in hex."""
-    hasher = xxhash.xxh3_128()
+    """Return the xxh3-128 digest of a file's bytes, in hex; of a file of 16 GB or more: of its size, its
+    beginning (16 MB) and 4096 samples.
+
+    A digest of samples says so. It tells two checkpoints apart, but it may not notice a few bytes that changed: who uses it
+    takes the modification time for part of it, as :func:`verify_files` does.
+
+    Raises:
+        ArtifactError: The file changed while it was read.
+    """
+    before = path.stat()
+    hasher, size = xxhash.xxh3_128(), before.st_size
     with path.open("rb") as f:
-        while chunk := f.read(_CHUNK_BYTES):
-            hasher.update(chunk)
-    return hasher.hexdigest()
+        if size < _SAMPLED_FROM_BYTES:
+            while chunk := f.read(_CHUNK_BYTES):
+                hasher.update(chunk)
+        else:
+            hasher.update(str(size).encode() + f.read(_CHUNK_BYTES))
+            for i in range(_SAMPLES):
+                f.seek((size - _SAMPLE_BYTES) * i // (_SAMPLES - 1))
+                hasher.update(f.read(_SAMPLE_BYTES))
+    after = path.stat()
+    if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+        raise ArtifactError(f"{path} changed while it was read; try again when nothing writes to it.")
+    return hasher.hexdigest() if size < _SAMPLED_FROM_BYTES else _SAMPLED + hasher.hexdigest()
+
+
+def is_sampled(digest: str) -> bool:
+    """Return whether a digest is of samples of a file, so that the modification time belongs to it."""
+    return digest.startswith(_SAMPLED)
 
 
 def record_files(folder: Path, *, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """Return ``{name: {"bytes", "mtime_ns", "xxh3"}}`` of the files directly in ``folder``."""
+    """Return ``{name: {"bytes", "mtime_ns", "inode", "xxh3"}}`` of the files directly in ``folder``."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name not in skip)
     return {p.name: record_file(p) for p in files}
 
 
-def record_file(path: Path) -> dict[str, Any]:
-    """Return size, modification time and digest of one file."""
+def record_file(path: Path, known: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return size, modification time and digest of one file.
+
+    Args:
+        path: The file.
+        known: What this function returned for a file of which ``path`` may be a link: not read again, if it is.
+    """
     stat = path.stat()
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "xxh3": digest_file(path)}
+    seen = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+    if known is not None and all(known.get(k) == v for k, v in seen.items()):
+        return known
+    return seen | {"xxh3": digest_file(path)}
 
 
 def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, full: bool = False) -> None:
@@ -74,7 +108,9 @@ def verify_files(folder: Path, files: dict[str, dict[str, Any]], *, full: bool =
         stat = path.stat()
         if stat.st_size != recorded["bytes"]:
             raise ArtifactError(f"{path} has {stat.st_size} bytes, {recorded['bytes']} were written; export again.")
-        if (full or stat.st_mtime_ns != recorded["mtime_ns"]) and digest_file(path) != recorded["xxh3"]:
+        moved = stat.st_mtime_ns != recorded["mtime_ns"]
+        stale = moved and is_sampled(recorded["xxh3"])
+        if stale or ((full or moved) and digest_file(path) != recorded["xxh3"]):
             raise ArtifactError(f"{path} changed since it was written; export again.")
 
 

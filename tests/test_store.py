@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from QEfficient.errors import ArtifactError
-from QEfficient.store import record_files, verify_files, write_file, written_aside
+from QEfficient.store import is_sampled, record_file, record_files, verify_files, write_file, written_aside
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -108,3 +108,30 @@ def test_write_file_replaces_at_once(tmp_path: Path) -> None:
         write_file(file, fail)
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_large_files_are_sampled(tmp_path: Path) -> None:
+    """A file of 16 GB is told apart by its size, samples and time without being read; a touched one counts as changed."""
+    path = tmp_path / "large"
+    with path.open("wb") as f:
+        f.truncate((1 << 34) + 1)
+    recorded = record_file(path)
+    assert is_sampled(recorded["xxh3"])
+    verify_files(tmp_path, {"large": recorded})
+    with path.open("r+b") as f:
+        f.write(b"other")
+    assert record_file(path)["xxh3"] != recorded["xxh3"]
+    os.utime(path, ns=(0, recorded["mtime_ns"] + 1))
+    with pytest.raises(ArtifactError, match="changed since it was written"):
+        verify_files(tmp_path, {"large": recorded})
+
+
+def test_a_link_is_not_read_again(tmp_path: Path) -> None:
+    """What is known of a file holds for its link, and not for another file of that size."""
+    first, other = tmp_path / "a", tmp_path / "b"
+    first.write_bytes(b"123")
+    other.write_bytes(b"456")
+    known = record_file(first) | {"xxh3": "known"}
+    os.link(first, tmp_path / "link")
+    assert record_file(tmp_path / "link", known)["xxh3"] == "known"
+    assert record_file(other, known)["xxh3"] != "known"

@@ -21,16 +21,23 @@ _DRAWS = 300
 _SMALLEST_ALLOWED = 2  # PyTorch's lower bound of every dynamic size; sizes 1 and 0 never took another branch
 
 
-def check_sizes(exported: ExportedProgram) -> None:
+def check_sizes(exported: ExportedProgram, longest: int = 0) -> None:
     """Take the assertions on sizes out of a traced program, if they hold for all sizes.
+
+    Args:
+        exported: The program.
+        longest: A limit of a size that a caller keeps; 0 if there is none.
 
     Raises:
         UnsupportedError: One does not; names it.
     """
+    limits: dict[Any, int] = {}
     for symbol, allowed in exported.range_constraints.items():
         if _from_data(symbol):
             continue
-        if allowed.lower > _SMALLEST_ALLOWED or allowed.upper < max(_SIZES):
+        if longest and allowed.upper == longest:
+            limits[symbol] = longest
+        elif allowed.lower > _SMALLEST_ALLOWED or allowed.upper < max(_SIZES):
             raise UnsupportedError(
                 f"the model computes differently outside of {allowed.lower} <= {symbol} <= {allowed.upper}"
             )
@@ -40,7 +47,7 @@ def check_sizes(exported: ExportedProgram) -> None:
             continue
         condition = _expression(node.args[0])
         known = condition is not None and not any(_from_data(s) for s in condition.free_symbols)
-        if known and (broken := next(_counterexamples(condition), None)) is not None:
+        if known and (broken := next(_counterexamples(condition, limits), None)) is not None:
             raise UnsupportedError(f"the model computes differently unless {condition}, for example at {broken}")
         graph.erase_node(node)
     graph.eliminate_dead_code()
@@ -57,12 +64,14 @@ def _expression(argument: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymBool | torch.SymInt) else None
 
 
-def _counterexamples(condition: Any) -> Iterator[dict[str, int]]:
+def _counterexamples(condition: Any, limits: dict[Any, int]) -> Iterator[dict[str, int]]:
     """Yield sizes for which ``condition``, a SymPy expression, does not hold."""
     symbols = sorted(condition.free_symbols, key=str)
     draw = random.Random(0)
     some = ([draw.choice(_SIZES) for _ in symbols] for _ in range(_DRAWS))
     every = itertools.product(_SIZES, repeat=len(symbols)) if len(symbols) == 1 else some
     for sizes in every:
+        if any(n > limits.get(s, n) for s, n in zip(symbols, sizes, strict=True)):
+            continue
         if not bool(condition.xreplace({s: sympy.Integer(n) for s, n in zip(symbols, sizes, strict=True)})):
             yield {str(s): n for s, n in zip(symbols, sizes, strict=True)}

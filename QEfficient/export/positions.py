@@ -41,6 +41,8 @@ class RowPositions(TorchFunctionMode):
         super().__init__()
         self.starts = starts
         self._relative: dict[int, Tensor] = {}  # one-dimensional tensors that count from each row's start
+        self._looked_up: dict[int, Tensor] = {}  # ``(B, S, D)`` that the model takes for ``(S, D)``
+        self._rows: dict[int, Tensor] = {}  # ``(B, S)`` positions that the model takes for ``(1, S)``
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -49,6 +51,16 @@ class RowPositions(TorchFunctionMode):
             return self._count(func, name, args, kwargs)
         if name == "__getitem__" and (axis := _past_axis(args[1])) is not None:
             return self._look_up(func, args[0], args[1], axis)
+        if (
+            name == "repeat"
+            and id(args[0]) in self._rows
+            and len(args) == 3
+            and isinstance(args[2], int)
+            and args[2] == 1
+        ):
+            return args[0]  # repeated for each row of the batch: it has its own already
+        if name in {"__getitem__", "unsqueeze"} and id(args[0]) in self._looked_up:
+            return self._give_batch(func, name, args)
         if not any(id(a) in self._relative for a in (*args, *kwargs.values())):
             return func(*args, **kwargs)
         if name in _INERT:
@@ -103,10 +115,26 @@ class RowPositions(TorchFunctionMode):
             behind = (name == "unsqueeze" and args[1] != 0) or (name == "__getitem__" and args[1][0] is not None)
             if made.dim() != 2 or behind:
                 raise UnsupportedError(f"the model gives its positions {made.dim()} dimensions")
-            return made + self.starts[:, None]
+            counted: Tensor = made + self.starts[:, None]
+            if made.shape[0] == 1:
+                self._rows[id(counted)] = counted
+            return counted
         if name == "__getitem__":
             return func(args[0], rows(args[1]))
-        return func(*map(rows, args), **{k: rows(v) for k, v in kwargs.items()})
+        found: Tensor = func(*map(rows, args), **{k: rows(v) for k, v in kwargs.items()})
+        if name == "embedding":
+            self._looked_up[id(found)] = found
+        return found
+
+    def _give_batch(self, func: Any, name: str, args: Any) -> Any:
+        """Put the batch, which ``(B, S, D)`` has already, where a model makes a dimension for it."""
+        tensor, how = args[0], args[1]
+        if name == "unsqueeze" and how == 0:
+            return tensor
+        new = [part for part in how if part is None] if isinstance(how, tuple) else []
+        if new and how == (*new, *[slice(None)] * (len(how) - len(new))) and len(how) - len(new) <= tensor.dim() - 1:
+            return tensor.reshape(tensor.shape[0], *[1] * (len(new) - 1), *tensor.shape[1:])
+        return func(*args)
 
 
 def _past_axis(index: Any) -> int | None:

@@ -116,6 +116,25 @@ def tolist(tensor: Tensor) -> Any:
         return tensor.tolist()
 
 
+def erfinv(x: Tensor) -> Tensor:
+    """Return the inverse error function: Giles' polynomials and one Newton step, exact to float32.
+
+    ONNX has no such operator. Source: M. Giles, "Approximating the erfinv function", 2010, single precision.
+    """
+    w = -torch.log((1 - x) * (1 + x))
+    near, far = w - 2.5, torch.sqrt(w.clamp(min=5)) - 3
+    p, q = torch.full_like(x, _GILES_NEAR[0]), torch.full_like(x, _GILES_FAR[0])
+    for a, b in zip(_GILES_NEAR[1:], _GILES_FAR[1:], strict=True):
+        p, q = a + p * near, b + q * far
+    y = torch.where(w < 5, p, q) * x
+    return y - (torch.erf(y) - x) / (2 / math.sqrt(math.pi) * torch.exp(-y * y))
+
+
+_GILES_NEAR = (2.81022636e-08, 3.43273939e-07, -3.5233877e-06, -4.39150654e-06, 0.00021858087, -0.00125372503,
+               -0.00417768164, 0.246640727, 1.50140941)  # fmt: skip
+_GILES_FAR = (-0.000200214257, 0.000100950558, 0.00134934322, -0.00367342844, 0.00573950773, -0.0076224613,
+              0.00943887047, 1.00167406, 2.83297682)  # fmt: skip
+
 REPLACED: dict[Any, Callable[..., Any]] = {
     vars(torch._C.TensorBase)["data"].__get__: torch.detach,  # a traced tensor has no data of its own
     torch.linalg.solve: solve,
@@ -128,6 +147,9 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.bmm: torch.matmul,  # one matrix for all rows will do
     torch.bmm: torch.matmul,
     # What is sparse is traced dense.
+    torch.erfinv: erfinv,
+    torch.special.erfinv: erfinv,
+    torch.Tensor.erfinv: erfinv,
     torch.Tensor.to_dense: lambda tensor, *_, **__: tensor,
     torch.Tensor.coalesce: lambda tensor: tensor,
     torch.Tensor._nnz: lambda tensor: tensor.numel(),

@@ -55,6 +55,19 @@ def export_graph(
         ConfigError: ``logits`` is neither of the two.
         UnsupportedError: The model or method cannot be exported; says why.
     """
+    prepared = prepare_graph(model, destination, adapter_name=adapter_name, checkpoint=checkpoint, logits=logits)
+    return save_graph(prepared, neutral)
+
+
+def prepare_graph(
+    model: nn.Module,
+    destination: Path,
+    *,
+    adapter_name: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    logits: str = "last",
+) -> "Prepared":
+    """Do what :func:`export_graph` does before it writes a file; the arguments are its own."""
     if logits not in LOGITS_CHOICES:
         raise ConfigError(f"logits must be one of {', '.join(LOGITS_CHOICES)}, not {logits!r}")
     if adapter_name is not None:
@@ -68,7 +81,7 @@ def export_graph(
     manifest = _describe(skeleton, lifted, adapter_name, base, logits)
     folder = Path(f"{destination}-{manifest.hash}")
     if is_whole(folder):
-        return folder
+        return Prepared(folder, manifest, base, None)
     traced = trace(skeleton, lifted, adapter_name, logits=logits)
     passes: tuple[Pass, ...] = (
         FoldConstants(),
@@ -80,13 +93,24 @@ def export_graph(
         step.apply(traced.model)
     # Now, while the weights are inputs still: the checker refuses to look at hard-linked files.
     onnx.checker.check_model(ir.to_proto(traced.model), full_check=True)
+    return Prepared(folder, manifest, base, traced)
+
+
+def save_graph(prepared: "Prepared", neutral: Callable[[], Mapping[str, np.ndarray]] | None = None) -> Path:
+    """Write a prepared graph's folder aside and move it in, unless it is there; return it. The model can be saved once."""
+    folder, base, traced = prepared.folder, prepared.base, prepared.traced
+    if traced is None:
+        return folder
     with written_aside(folder, is_whole=is_whole) as aside:
         _write(traced, base, aside)
         if neutral is not None and (values := neutral()):
             save_file(dict(values), str(aside / NEUTRAL_FILE))
-        files = {p.name: record_file(p) for p in sorted(aside.iterdir())}
-        options = manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
-        replace(manifest, states=traced.states, adapter=traced.adapter, files=files, options=options).write(aside)
+        known = base.checkpoint.known if base.checkpoint else lambda _: None
+        files = {p.name: record_file(p, known(p)) for p in sorted(aside.iterdir())}
+        options = prepared.manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
+        replace(prepared.manifest, states=traced.states, adapter=traced.adapter, files=files, options=options).write(
+            aside
+        )
     return folder
 
 
@@ -143,6 +167,23 @@ class _Base:
     def identity(self) -> str:
         """Return a digest of the weights."""
         return self.checkpoint.identity() if self.checkpoint else identity_of(dict(sorted(self.memory.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A graph before it is written.
+
+    Attributes:
+        folder: Where it goes, or lies.
+        manifest: Without states and files.
+        base: Where the base's weights come from.
+        traced: The graph; ``None`` if it is there already, and whole.
+    """
+
+    folder: Path
+    manifest: Manifest
+    base: _Base
+    traced: Traced | None
 
 
 def _on_meta(tensors: Mapping[str, Tensor]) -> bool:

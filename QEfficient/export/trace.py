@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 
 from QEfficient.contract import INPUT_IDS, LOGITS, POSITION_IDS, RETAINED, AdapterSpec, StateSpec
 from QEfficient.errors import UnsupportedError
@@ -19,6 +20,8 @@ from QEfficient.export.guards import check_sizes
 from QEfficient.export.layers import stamp
 from QEfficient.export.lift import Lifted, inner_model
 from QEfficient.export.program import Fakes, Program, learn
+
+_SHORTEST_LIMIT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +86,18 @@ def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
     shapes = (ids, ids, axes_of, ranks)
     tokens = (fakes.one_id, fakes.one_position) if program.one_token else (fakes.ids, fakes.positions)
     args = (*tokens, fakes.states(specs), fakes.tensors(program))
-    exported = torch.export.export(
-        program, args, dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-    )
-    check_sizes(exported)
+    settings: dict[str, Any] = {"strict": False, "prefer_deferred_runtime_asserts_over_guards": True}
+    longest = 0
+    try:
+        exported = torch.export.export(program, args, dynamic_shapes=shapes, **settings)
+    except UserError as e:
+        longest = int(getattr(program.inner.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        if program.one_token or longest < _SHORTEST_LIMIT or "Constraints violated (seq_len)" not in str(e):
+            raise
+        # A table of positions ends where the configuration says; the manifest names that limit, sessions keep it.
+        ids = {0: batch, 1: torch.export.Dim("seq_len", max=longest)}
+        exported = torch.export.export(program, args, dynamic_shapes=(ids, ids, *shapes[2:]), **settings)
+    check_sizes(exported, longest)
     made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
     return made.model  # type: ignore[union-attr]
 

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -17,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from QEfficient.errors import ArtifactError
-from QEfficient.store import digest_file, link_or_copy
+from QEfficient.store import is_sampled, link_or_copy, record_file
 
 _DTYPES = {
     "F64": ir.DataType.DOUBLE,
@@ -56,6 +57,8 @@ def read_refs(path: Path) -> dict[str, TensorRef]:
     Raises:
         ArtifactError: The file is truncated or not a safetensors file.
     """
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing: the checkpoint's index names it; download the base again")
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(8)
@@ -88,19 +91,29 @@ class Checkpoint:
         self.refs: dict[str, TensorRef] = {}
         for path in self._files():
             self.refs.update(read_refs(path))
-        self._digests: dict[Path, str] = {}
+        self._records: dict[Path, dict[str, Any]] = {}
 
-    def digest(self, path: Path) -> str:
-        """Return the digest of one file, computed once."""
-        if path not in self._digests:
-            self._digests[path] = digest_file(path)
-        return self._digests[path]
+    def record(self, path: Path) -> dict[str, Any]:
+        """Return size, modification time and digest of one file; read once."""
+        if path not in self._records:
+            self._records[path] = record_file(path)
+        return self._records[path]
+
+    def known(self, path: Path) -> dict[str, Any] | None:
+        """Return the record of the file that ``path`` is a link of; ``None`` if it is none of them."""
+        inode = path.stat().st_ino
+        return next((r for r in self._records.values() if r["inode"] == inode), None)
 
     def identity(self) -> str:
-        """Return a digest of all weights: equal for equal files, whatever their folder is called."""
+        """Return a digest of all weights: equal for equal files, whatever their folder is called.
+
+        Files of 16 GB and more are sampled, and their modification time counts: a copy of such a file is another one.
+        """
         hasher = xxhash.xxh3_128()
         for path in self._files():
-            hasher.update(f"{path.name} {self.digest(path)}\n".encode())
+            record = self.record(path)
+            when = record["mtime_ns"] if is_sampled(record["xxh3"]) else ""
+            hasher.update(f"{path.name} {record['xxh3']} {when}\n".encode())
         return hasher.hexdigest()
 
     def _files(self) -> list[Path]:

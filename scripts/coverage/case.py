@@ -5,7 +5,10 @@ Every way of feeding the graph is compared at every call: the whole prompt, chun
 together; with the adapter it was exported with, with another one, and with none.
 """
 
+import ast
+import inspect
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from QEfficient.peft.neutral import neutral_of
 from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.runtime.session import OrtSession
 from scripts.coverage.shrink import VOCAB, tiny_model
+from scripts.coverage.vary import variation
 
 TOLERANCE = 1e-4
 LENGTHS = (13, 9, 4)
@@ -45,15 +49,41 @@ def run_architecture(model_type: str, **fields: Any) -> dict[str, Any]:
     def base() -> PreTrainedModel:
         return tiny_model(model_type, **fields)
 
-    found = compare(base, lora, lambda: lora(r=2, lora_alpha=32), lambda: lora(lora_alpha=32))
+    try:
+        own = sorted({path.rsplit(".", 1)[-1] for path, module in base().named_modules() if _returns_more(module)})
+    except Exception as e:
+        return {"outcome": "no tiny model", "reason": _said(e)}
+    skipped: dict[str, Any] = (
+        {"exclude_modules": own} if own else {}
+    )  # PEFT's layer cannot run these, in PyTorch either
+
+    def adapter(**changed: Any) -> LoraConfig:
+        return lora(**skipped, **changed)
+
+    found = compare(base, adapter, lambda: adapter(r=2, lora_alpha=32), lambda: adapter(lora_alpha=32)) | skipped
     if "incompatible with Mamba" in found.get("reason", ""):  # PEFT names what it does not take
         skipped = {"exclude_modules": ["out_proj", "conv1d"]}
         found = compare(base, lambda: lora(**skipped), lambda: lora(r=2, lora_alpha=32, **skipped)) | skipped
     if "AdapterMismatchError" in found.get(
         "reason", ""
     ):  # LoRA on stacked experts: the rank is no dimension of its own
-        found = compare(base, lora, lambda: lora(lora_alpha=32)) | {"rank": "fixed"}
+        found = compare(base, adapter, lambda: adapter(lora_alpha=32)) | skipped | {"rank": "fixed"}
     return found
+
+
+def run_varied(model_type: str, seed: int) -> dict[str, Any]:
+    """Compare a held-out configuration of a type; return the outcome and the fields that were set otherwise."""
+    fields = variation(model_type, seed)
+    return {"fields": fields} | run_architecture(model_type, **fields)
+
+
+def _returns_more(module: torch.nn.Module) -> bool:
+    """Return whether ``module`` is a linear layer whose own ``forward`` returns several things, as some routers do."""
+    own = type(module).forward
+    if not isinstance(module, torch.nn.Linear) or own is torch.nn.Linear.forward:
+        return False
+    tree = ast.parse(textwrap.dedent(inspect.getsource(own)))
+    return any(isinstance(node.value, ast.Tuple) for node in ast.walk(tree) if isinstance(node, ast.Return))
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 128
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER, EXPERTS = 64, 4, 2, 16, 96, 4
@@ -178,7 +178,15 @@ def _cut(values: dict[str, Any], depth: int) -> dict[str, Any]:
 def tiny_model(model_type: str, seed: int = 0, **fields: Any) -> PreTrainedModel:
     """Return a small random model of ``model_type``, none of whose parameters is constant."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(tiny_config(model_type, **fields), dtype=torch.float32)
+    config = tiny_config(model_type, **fields)
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    parts = [
+        v for v in vars(config).values() if isinstance(v, cls.config_class) and not isinstance(config, cls.config_class)
+    ]
+    if parts:  # the configuration is of several models, and the causal one takes its own part
+        model: PreTrainedModel = cls._from_config(parts[0], dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

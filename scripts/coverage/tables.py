@@ -2,10 +2,13 @@
 """What the cases found, as ``docs/coverage.json`` and ``docs/coverage.md``."""
 
 import json
+import subprocess
 from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 _LIBRARIES = ("torch", "transformers", "peft", "onnx", "onnxruntime")
 _KINDS = {
@@ -32,10 +35,41 @@ def read_results(path: Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def write_docs(results: dict[str, dict[str, Any]], docs: Path) -> int:
-    """Write both files; return 1 if a graph was wrong."""
+def known_results(path: Path, docs: Path) -> dict[str, dict[str, Any]]:
+    """Return the last result of each case: what ``docs/coverage.json`` says, and what was measured since."""
+    table = docs / "coverage.json"
+    written = json.loads(table.read_text()) if table.is_file() else {}
+    return {f"{kind}/{n}": r for kind in _KINDS for n, r in written.get(kind, {}).items()} | read_results(path)
+
+
+def code_digest(root: Path) -> str:
+    """Return a digest of the code that a result depends on: the library, these scripts, and the libraries' versions."""
+    hasher = xxhash.xxh3_64()
+    rooms = ("contract.py", "export", "peft", "runtime/session.py")
+    places = [*(root / "QEfficient" / room for room in rooms), root / "scripts" / "coverage"]
+    for path in sorted(p for place in places for p in (place.rglob("*.py") if place.is_dir() else [place])):
+        hasher.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
+    hasher.update(json.dumps({name: version(name) for name in _LIBRARIES}).encode())
+    return hasher.hexdigest()
+
+
+def write_docs(results: dict[str, dict[str, Any]], docs: Path, code: str) -> int:
+    """Write both files; return 1 if a graph was wrong.
+
+    Args:
+        results: By kind and name.
+        docs: The folder.
+        code: Digest of the present code.
+    """
     versions = {name: version(name) for name in _LIBRARIES}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=docs, capture_output=True, text=True, check=False
+    )
+    older = sum(r.get("code") != code for r in results.values())
     content = {
+        "code": code,
+        "parent_commit": commit.stdout.strip(),
+        "rows_measured_with_older_code": older,
         "versions": versions,
         "tolerance": 1e-4,
         "counts": {kind: dict(Counter(r["outcome"] for _, r in _of(results, kind))) for kind in _KINDS},
@@ -45,6 +79,11 @@ def write_docs(results: dict[str, dict[str, Any]], docs: Path) -> int:
     lines = ["# Coverage", ""]
     lines += ["Made by `python scripts/coverage`: each row was exported and its graph run in ONNX Runtime.", ""]
     lines += ["Versions: " + ", ".join(f"{n} {v}" for n, v in versions.items()) + ".", ""]
+    lines += [
+        f"Code: digest {code}, on top of commit {commit.stdout.strip()}. Of {len(results)} rows {len(results) - older} were measured "
+        f"with this code, {older} with earlier code (each row of `coverage.json` names its own).",
+        "",
+    ]
     for kind, title in _KINDS.items():
         lines += _section(title, _of(results, kind))
     (docs / "coverage.md").write_text("\n".join(lines).rstrip() + "\n")

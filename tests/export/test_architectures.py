@@ -15,6 +15,7 @@ from scripts.coverage.shrink import tiny_model
 SAMPLE = {
     "bart": "learned positions, counted from the cache's length",
     "roberta": "positions counted from the tokens themselves",
+    "xglm": "positions end at a table's length",
     "bloom": "ALiBi",
     "gpt_oss": "attention sinks, sliding windows, experts",
     "mixtral": "experts with LoRA on their stacked weights",
