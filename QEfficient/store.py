@@ -39,9 +39,9 @@ def is_local(path: str | Path) -> bool:
 
 
 def digest_file(path: Path) -> str:
-    """Return the xxh3-128 digest of a file's bytes, in hex; of a file of 16 GB or more: of its size, its
-    beginning (16 MB) and 4096 samples.
+    """Return the xxh3-128 digest of a file's bytes, in hex; of 16 GB or more, a digest of samples.
 
+    Sampled are the size, the beginning (16 MB) and 4096 blocks over the file.
     A digest of samples says so. It tells two checkpoints apart, but it may not notice a few bytes that changed: who uses it
     takes the modification time for part of it, as :func:`verify_files` does.
 

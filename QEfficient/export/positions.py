@@ -16,6 +16,19 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from QEfficient.errors import UnsupportedError
 
 _KEEP = {"add", "__add__", "__radd__", "sub", "__sub__", "to", "long", "int", "type", "type_as", "contiguous", "clone"}
+_ONE_BY_ONE = {
+    "float",
+    "half",
+    "double",
+    "mul",
+    "__mul__",
+    "__rmul__",
+    "div",
+    "__truediv__",
+    "__floordiv__",
+    "true_divide",
+}
+_ONE_BY_ONE |= {"floor", "ceil", "log", "log1p", "exp", "sqrt", "clamp", "minimum", "maximum", "__rsub__", "neg"}
 _SPREAD = {"unsqueeze", "expand", "repeat", "view", "reshape", "__getitem__", "embedding", "index_select"}
 _INERT = {"__get__", "size", "dim", "numel", "is_floating_point", "__len__", "__hash__", "is_complex", "stride"}
 
@@ -40,7 +53,8 @@ class RowPositions(TorchFunctionMode):
     def __init__(self, starts: Tensor) -> None:
         super().__init__()
         self.starts = starts
-        self._relative: dict[int, Tensor] = {}  # one-dimensional tensors that count from each row's start
+        # One-dimensional tensors that count from each row's start, and their values for each row, ``(B, S)``.
+        self._relative: dict[int, tuple[Tensor, Tensor]] = {}
         self._looked_up: dict[int, Tensor] = {}  # ``(B, S, D)`` that the model takes for ``(S, D)``
         self._rows: dict[int, Tensor] = {}  # ``(B, S)`` positions that the model takes for ``(1, S)``
 
@@ -65,8 +79,9 @@ class RowPositions(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in _INERT:
             return func(*args, **kwargs)
-        if name in _KEEP:
-            return self._mark(func(*args, **kwargs))
+        if name in _KEEP or name in _ONE_BY_ONE:
+            own = [self._relative[id(a)][1] if id(a) in self._relative else a for a in args]
+            return self._mark(func(*args, **kwargs), func(*own, **kwargs))
         if name in _SPREAD:
             return self._spread(func, name, args, kwargs)
         raise UnsupportedError(f"the model computes its positions with {resolve_name(func) or name}")
@@ -91,15 +106,15 @@ class RowPositions(TorchFunctionMode):
         counted = torch.arange(stop)[None] + self.starts[:, None]
         return func(table, counted) if axis == 0 else func(func(table, 0), counted)  # type: ignore[no-any-return]
 
-    def _mark(self, tensor: Tensor) -> Tensor:
-        self._relative[id(tensor)] = tensor
+    def _mark(self, tensor: Tensor, own: Tensor | None = None) -> Tensor:
+        self._relative[id(tensor)] = (tensor, tensor + self.starts[:, None] if own is None else own)
         return tensor
 
     def _spread(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
         """Replace counts by ``(B, S)`` positions where a model gives them a dimension for the batch, or uses them."""
 
         def rows(value: Any) -> Any:
-            return value + self.starts[:, None] if id(value) in self._relative else value
+            return self._relative[id(value)][1] if id(value) in self._relative else value
 
         if id(args[0]) in self._relative and name in {
             "unsqueeze",
@@ -109,16 +124,17 @@ class RowPositions(TorchFunctionMode):
             "reshape",
             "__getitem__",
         }:
-            made = func(*args, **kwargs)
+            made, own = func(*args, **kwargs), self._relative[id(args[0])][1]
             if made.dim() == 1:
-                return self._mark(made)
+                return self._mark(made, own[:, args[1]] if name == "__getitem__" else own)
+            if name in {"view", "reshape"} and tuple(made.shape) == (1, own.shape[1], *[1] * (made.dim() - 2)):
+                return own.reshape(*own.shape, *[1] * (made.dim() - 2))
             behind = (name == "unsqueeze" and args[1] != 0) or (name == "__getitem__" and args[1][0] is not None)
             if made.dim() != 2 or behind:
                 raise UnsupportedError(f"the model gives its positions {made.dim()} dimensions")
-            counted: Tensor = made + self.starts[:, None]
             if made.shape[0] == 1:
-                self._rows[id(counted)] = counted
-            return counted
+                self._rows[id(own)] = own
+            return own
         if name == "__getitem__":
             return func(args[0], rows(args[1]))
         found: Tensor = func(*map(rows, args), **{k: rows(v) for k, v in kwargs.items()})
