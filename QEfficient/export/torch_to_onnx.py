@@ -105,8 +105,10 @@ def save_graph(prepared: "Prepared", neutral: Callable[[], Mapping[str, np.ndarr
         _write(traced, base, aside)
         if neutral is not None and (values := neutral()):
             save_file(dict(values), str(aside / NEUTRAL_FILE))
-        known = base.checkpoint.known if base.checkpoint else lambda _: None
-        files = {p.name: record_file(p, known(p)) for p in sorted(aside.iterdir())}
+        files = {
+            p.name: record_file(p, base.checkpoint.known(p) if base.checkpoint else None)
+            for p in sorted(aside.iterdir())
+        }
         options = prepared.manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
         replace(prepared.manifest, states=traced.states, adapter=traced.adapter, files=files, options=options).write(
             aside

@@ -91,7 +91,8 @@ def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
     try:
         exported = torch.export.export(program, args, dynamic_shapes=shapes, **settings)
     except UserError as e:
-        longest = int(getattr(program.inner.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        config: Any = program.inner.config
+        longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
         if program.one_token or longest < _SHORTEST_LIMIT or "Constraints violated (seq_len)" not in str(e):
             raise
         # A table of positions ends where the configuration says; the manifest names that limit, sessions keep it.
