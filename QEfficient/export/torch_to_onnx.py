@@ -74,7 +74,7 @@ def prepare_graph(
         config = model.peft_config[adapter_name]  # type: ignore[index]
         refuse(config)  # type: ignore[arg-type]
         if not shapes_graph(config):  # type: ignore[arg-type]
-            model, adapter_name, neutral = inner_model(model), None, None
+            model, adapter_name = inner_model(model), None
     skeleton = skeleton_of(model)
     lifted = lift(skeleton, adapter_name)
     base = _Base.of(model, lifted, checkpoint)
@@ -103,7 +103,7 @@ def save_graph(prepared: "Prepared", neutral: Callable[[], Mapping[str, np.ndarr
         return folder
     with written_aside(folder, is_whole=is_whole) as aside:
         _write(traced, base, aside)
-        if neutral is not None and (values := neutral()):
+        if neutral is not None and traced.adapter and (values := neutral()):
             save_file(dict(values), str(aside / NEUTRAL_FILE))
         files = {
             p.name: record_file(p, base.checkpoint.known(p) if base.checkpoint else None)
