@@ -76,6 +76,8 @@ def prepare_graph(
         if not shapes_graph(config):  # type: ignore[arg-type]
             model, adapter_name = inner_model(model), None
     skeleton = skeleton_of(model)
+    if adapter_name is not None and skeleton.active_adapter != adapter_name:
+        skeleton.set_adapter(adapter_name)  # type: ignore[operator]
     lifted = lift(skeleton, adapter_name)
     base = _Base.of(model, lifted, checkpoint)
     manifest = _describe(skeleton, lifted, adapter_name, base, logits)
