@@ -166,25 +166,13 @@ def bare(
         fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
         return {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in rows]) for k, v in fill.items()}
 
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    arguments = TrainingArguments(**_arguments(steps, folder))
     data = [{"input_ids": e.input_ids, "labels": e.labels, "attention_mask": [1] * len(e.input_ids)} for e in examples]
     return _train(Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate), PrinterCallback)
 
 
 def trl(model: Any, examples: Any, steps: int, folder: Path, *, packing: bool) -> tuple[list[tuple[float, float]], int]:
     """Train as TRL's ``SFTTrainer`` does with examples that are tokens already."""
-    import torch
     from datasets import Dataset
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, PrinterCallback
@@ -193,24 +181,29 @@ def trl(model: Any, examples: Any, steps: int, folder: Path, *, packing: bool) -
     words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     arguments = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=BATCH,
-        max_steps=steps,
-        max_length=LENGTH,
-        packing=packing,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        include_num_input_tokens_seen="non_padding",
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
+        **_arguments(steps, folder), max_length=LENGTH, packing=packing, bf16=False, gradient_checkpointing=False
     )
     data = Dataset.from_list([{"input_ids": e.input_ids} for e in examples])
     trainer = SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
     return _train(trainer, PrinterCallback)
+
+
+def _arguments(steps: int, folder: Path) -> dict[str, Any]:
+    """Return what both peers are told."""
+    import torch
+
+    return {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH,
+        "max_steps": steps,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "include_num_input_tokens_seen": "non_padding",
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
 
 
 def _train(trainer: Any, printer: Any) -> tuple[list[tuple[float, float]], int]:

@@ -204,12 +204,8 @@ class OrtSession:
         """Empty the cache: what was filled becomes zero."""
         with self._lock:
             for spec in self.manifest.states:
-                state = self._states.get(spec.name)
-                if state is None:
-                    continue
-                if "ctx_len" in spec.shape:
-                    state = state[(slice(None),) * spec.shape.index("ctx_len") + (slice(0, self._filled),)]
-                state[...] = 0
+                if spec.name in self._states:
+                    self._states[spec.name][:, *filled_part(spec, self._filled)] = 0
             self._filled = 0
             self._last = {}
 
@@ -251,11 +247,7 @@ class OrtSession:
             return
         with self._lock:
             for spec in self.manifest.states:
-                state = self._states[spec.name]
-                filled = [slice(None)] * state.ndim
-                if "ctx_len" in spec.shape:
-                    filled[spec.shape.index("ctx_len")] = slice(0, self._filled)
-                view = state[tuple(filled)]
+                view = self._states[spec.name][:, *filled_part(spec, self._filled)]
                 view[moved] = view[source[moved]]
             self._shift = self._shift[source]
             self._last = {row: self._last[was] for row, was in enumerate(source.tolist()) if was in self._last}
@@ -334,9 +326,7 @@ class OrtSession:
             self._last.pop(row, None)
 
     def _row_part(self, spec: StateSpec, row: int, length: int) -> Array:
-        part: Array = self._states[spec.name][row]
-        if "ctx_len" in spec.shape:
-            part = part[(slice(None),) * (spec.shape.index("ctx_len") - 1) + (slice(0, length),)]
+        part: Array = self._states[spec.name][row][filled_part(spec, length)]
         return part
 
     def set_adapter(self, name: str) -> None:
@@ -477,12 +467,15 @@ class OrtSession:
 
     def _bind_all(self, row: int | None = None) -> Any:
         """Bind the state (of one row, or of all) and the active adapter to a new binding."""
+        return self._bind(slice(None) if row is None else slice(row, row + 1), self._adapters[self._active])
+
+    def _bind(self, rows: slice, tensors: Mapping[str, Array]) -> Any:
+        """Bind the state of some rows, in place, and adapter tensors to a new binding."""
         binding = self._ort.io_binding()
         for name, state in self._states.items():
-            part = state if row is None else state[row : row + 1]
-            _bind_input(binding, name, part)
-            _bind_output(binding, name + RETAINED, part)
-        for name, tensor in self._adapters[self._active].items():
+            _bind_input(binding, name, state[rows])
+            _bind_output(binding, name + RETAINED, state[rows])
+        for name, tensor in tensors.items():
             _bind_input(binding, name, tensor)
         return binding
 
@@ -490,6 +483,11 @@ class OrtSession:
 def _count(entries: Mapping[str, Array]) -> int:
     """Return how many virtual tokens these entries ``(heads, V, head_dim)`` are."""
     return next((int(t.shape[1]) for t in entries.values()), 0)
+
+
+def filled_part(spec: StateSpec, length: int) -> tuple[slice, ...]:
+    """Return what indexes the first ``length`` positions of one row's state; all of a state that has no positions."""
+    return (*(slice(None),) * (spec.shape.index("ctx_len") - 1), slice(0, length)) if "ctx_len" in spec.shape else ()
 
 
 def longest_context(manifest: Manifest) -> int:

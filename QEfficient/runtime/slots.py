@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from QEfficient.contract import BASE, MIXED, RETAINED
+from QEfficient.contract import BASE, MIXED
 from QEfficient.runtime.mixing import Mixture
-from QEfficient.runtime.session import OrtSession, _bind_input, _bind_output
+from QEfficient.runtime.session import OrtSession, _bind_input, filled_part
 
 Array = npt.NDArray[Any]
 
@@ -61,14 +61,12 @@ class SlotSession(OrtSession):
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a row over another row's."""
         for spec in self.manifest.states:
-            state = self._states[spec.name]
-            filled = self._filled_part(spec.shape, length)
-            state[target][filled] = state[source][filled]
+            self._row_part(spec, target, length)[...] = self._row_part(spec, source, length)
 
     def permute(self, order: Sequence[int], length: int) -> None:
         """Let row ``i`` become what row ``order[i]`` was, for the first ``len(order)`` rows and ``length`` positions."""
         for spec in self.manifest.states:
-            view = self._states[spec.name][(slice(0, len(order)), *self._filled_part(spec.shape, length))]
+            view = self._states[spec.name][: len(order), *filled_part(spec, length)]
             view[...] = view[list(order)]
 
     def unload_adapter(self, name: str) -> None:
@@ -78,19 +76,10 @@ class SlotSession(OrtSession):
             self._mixture.forget(name)
             self._slot_bindings = {key: b for key, b in self._slot_bindings.items() if key[2] != name}
 
-    @staticmethod
-    def _filled_part(shape: tuple[int | str, ...], length: int) -> tuple[slice, ...]:
-        if "ctx_len" not in shape:
-            return ()
-        return (*(slice(None),) * (shape.index("ctx_len") - 1), slice(0, length))
-
     def _binding_of(self, first: int, rows: int, adapter: str) -> Any:
         key = (first, rows, adapter)
         if key not in self._slot_bindings:
-            binding = self._bind_rows(first, rows)
-            for name, tensor in self._adapters[adapter].items():
-                _bind_input(binding, name, tensor)
-            self._keep(key, binding)
+            self._keep(key, self._bind(slice(first, first + rows), self._adapters[adapter]))
         return self._slot_bindings[key]
 
     def _mixed_binding(self, first: int, adapters: Sequence[str]) -> Any:
@@ -98,10 +87,7 @@ class SlotSession(OrtSession):
             self._slot_bindings = {key: b for key, b in self._slot_bindings.items() if key[2] is not None}
         key = (first, len(adapters), None)
         if key not in self._slot_bindings:
-            binding = self._bind_rows(first, len(adapters))
-            for name, tensor in self._mixture.tensors.items():
-                _bind_input(binding, name, tensor)
-            self._keep(key, binding)
+            self._keep(key, self._bind(slice(first, first + len(adapters)), self._mixture.tensors))
         binding = self._slot_bindings[key]
         name, mask = self._mixture.mask(adapters)
         _bind_input(binding, name, mask)
@@ -111,11 +97,3 @@ class SlotSession(OrtSession):
         while len(self._slot_bindings) >= _KEPT_BINDINGS:
             del self._slot_bindings[next(iter(self._slot_bindings))]
         self._slot_bindings[key] = binding
-
-    def _bind_rows(self, first: int, rows: int) -> Any:
-        binding = self._ort.io_binding()
-        for name, state in self._states.items():
-            part = state[first : first + rows]
-            _bind_input(binding, name, part)
-            _bind_output(binding, name + RETAINED, part)
-        return binding

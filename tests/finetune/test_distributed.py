@@ -91,10 +91,9 @@ def test_two_sharding_processes_are_one(options: dict[str, Any], tmp_path: Path)
         torch.testing.assert_close(b[name], tensor, rtol=1e-3, atol=1e-4)
 
 
-def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
-    """SIGTERM to a sharded training writes a whole checkpoint; resumed, the curve is that of one process."""
-    options |= {"max_train_step": 10, "fsdp": True}
-    stopped = launch(options, tmp_path / "out", 2)
+def stop_one_of_two(options: dict[str, Any], out: Path) -> None:
+    """Start two processes on ten steps, and send SIGTERM to one after the first; both have to end by it."""
+    stopped = launch(options, out, 2)
     end = time.monotonic() + 120
     while "out: 1/10" not in stopped[0].printed():
         assert stopped[0].runs(), stopped[0].printed()
@@ -102,6 +101,12 @@ def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) ->
         time.sleep(0.01)
     stopped[1].send(signal.SIGTERM)
     assert [p.wait() for p in stopped] == [128 + signal.SIGTERM] * 2
+
+
+def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) -> None:
+    """SIGTERM to a sharded training writes a whole checkpoint; resumed, the curve is that of one process."""
+    options |= {"max_train_step": 10, "fsdp": True}
+    stop_one_of_two(options, tmp_path / "out")
     resumed = launch({**options, "resume": True}, tmp_path / "out", 2)
     assert [p.wait() for p in resumed] == [0] * 2, resumed[0].printed()
     main(**{**options, "fsdp": False}, output_dir=tmp_path / "one")
@@ -111,14 +116,7 @@ def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) ->
 def test_processes_stop_together_and_resume(options: dict[str, Any], tmp_path: Path) -> None:
     """SIGTERM to one of two writes one checkpoint of one step; resumed, the curve is that of one process."""
     options["max_train_step"] = 10
-    stopped = launch(options, tmp_path / "out", 2)
-    end = time.monotonic() + 120
-    while "out: 1/10" not in stopped[0].printed():
-        assert stopped[0].runs(), stopped[0].printed()
-        assert time.monotonic() < end
-        time.sleep(0.01)
-    stopped[1].send(signal.SIGTERM)
-    assert [p.wait() for p in stopped] == [128 + signal.SIGTERM] * 2
+    stop_one_of_two(options, tmp_path / "out")
     assert 0 < checkpoints.step_of(checkpoints.listed(tmp_path / "out.checkpoints")[0]) < 10
     resumed = launch({**options, "resume": True}, tmp_path / "out", 2)
     assert [p.wait() for p in resumed] == [0] * 2, resumed[0].printed()
