@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from QEfficient.contract import BASE
 from QEfficient.testing.compare import Difference, Logits, difference
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Stage
@@ -78,13 +79,14 @@ class Candidate:
         if (scenario, subject) not in self._seen:
             self.session.set_adapter(subject)
             positions = SCENARIOS[scenario](self.session, self.workload)
-            want, base = self.reference.workload_logits(subject), self.reference.untouched
+            base = self.reference.disabled_logits()
+            want = base if subject == BASE else self.reference.workload_logits(subject)
             got = np.stack([p.logits for p in positions])
             self._seen[scenario, subject] = difference(
                 [p.label for p in positions],
                 got,
                 np.stack([want[p.row][p.index] for p in positions]),
-                None if subject == "base" else np.stack([base[p.row][p.index] for p in positions]),
+                None if subject == BASE else np.stack([base[p.row][p.index] for p in positions]),
             )
         return self._seen[scenario, subject]
 

@@ -73,7 +73,10 @@ def _asks_logits(scenario: str) -> Callable[[Candidate, str], Finding]:
     def ask(candidate: Candidate, subject: str) -> Finding:
         found = candidate.compare(scenario, subject)
         if found.error <= LOGITS_TOLERANCE:
-            return _with_plot(Outcome.PASS, f"Within {number(found.error)} of the logits' range of PyTorch's.", found)
+            text = f"Within {number(found.error)} of the logits' range of PyTorch's."
+            if subject == BASE and (why := candidate.reference.base_moved):
+                text += f" PyTorch's without the adapter is not the bare base, PEFT's own limit: {why}."
+            return _with_plot(Outcome.PASS, text, found)
         at = f"at {found.labels[found.worst]} (token {found.tokens[found.worst]})"
         text = f"Logits differ from PyTorch by {number(found.error)} of their range {at}"
         above = int((~(found.errors <= LOGITS_TOLERANCE)).sum())

@@ -41,6 +41,7 @@ def _merge(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
     return [
         (method in _PROMPT, "virtual tokens cannot be merged into weights"),
         (method in _ROUTED or method == "ADAPTION_PROMPT", f"{method} depends on its input, so PEFT cannot merge it"),
+        (method == "OSF", "PEFT cannot take OSF out of the weights again"),
         (_has(config, "lora_bias") or method == "BEFT", "PEFT cannot merge a bias into a layer that has none"),
         (_has(config, "alora_invocation_tokens"), "aLoRA depends on its input, so PEFT cannot merge it"),
         (_has(config, "arrow_config"), "Arrow routes by input, so PEFT cannot merge it"),

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from QEfficient.contract import BASE
 from QEfficient.errors import AdapterMismatchError
+from QEfficient.testing.known import explain
 from QEfficient.testing.workload import Tokens, Workload
 
 Logits = npt.NDArray[np.float32]
@@ -48,6 +49,7 @@ class Reference:
         self.alone: dict[str, Logits] = {}
         self.judged: dict[tuple[str, bytes], Any] = {}
         self._kept: dict[str, list[Logits]] = {}
+        self._disabled: list[Logits] = []
 
     def attach(self, name: str, path: Path) -> None:
         """Load one adapter with PEFT; a rejected one leaves no trace.
@@ -64,6 +66,7 @@ class Reference:
             first = str(e).strip().splitlines()[0]
             raise AdapterMismatchError(f"adapter {name!r} ({path}) does not fit the base: {first}") from e
         self.model.eval()
+        self._disabled = []
         self.paths[name] = path
         self.alone[name] = self.logits(name, self.short)
 
@@ -88,6 +91,23 @@ class Reference:
         self._kept[subject] = self._kept.pop(subject)
         return self._kept[subject]
 
+    @property
+    def base_moved(self) -> str | None:
+        """Why PEFT's model with every adapter disabled is not the base, if that is known of one of them."""
+        if not isinstance(self.model, PeftModel):
+            return None
+        reasons = (explain("disabled", self.model.peft_config[name]) for name in self.paths)
+        return next((reason for reason in reasons if reason), None)
+
+    def disabled_logits(self) -> list[Logits]:
+        """Return the logits of each row of the workload that a graph of the adapted model has without an adapter.
+
+        They are the untouched base's, except where PEFT's model cannot give those back: then what it gives instead.
+        """
+        if self.base_moved and not self._disabled:
+            self._disabled = [self.logits(BASE, row) for row in self.workload.rows]
+        return self._disabled or self.untouched
+
     def logits(self, subject: str | None, tokens: Tokens) -> Logits:
         """Return the logits ``(len(tokens), V)`` of one row; None takes the model as it is."""
         with self.selected(subject) if subject is not None else contextlib.nullcontext():
@@ -102,8 +122,9 @@ class Reference:
         """Return what each layer keeps of one row: keys and values ``(kv_heads, tokens, head_dim)``."""
         kept = DynamicCache()
         with self.selected(subject), torch.no_grad():
-            self.model(input_ids=torch.from_numpy(tokens)[None], past_key_values=kept, use_cache=True)
-        layers: list[Any] = list(kept.layers)
+            out = self.model(input_ids=torch.from_numpy(tokens)[None], past_key_values=kept, use_cache=True)
+        # Prefix tuning takes a cache of its own instead of the one that is given.
+        layers: list[Any] = list((kept if kept.layers else out.past_key_values).layers)
         return [(layer.keys[0].float().numpy(), layer.values[0].float().numpy()) for layer in layers]
 
     def padded(self, subject: str, rows: list[Tokens], side: str) -> list[Logits]:
