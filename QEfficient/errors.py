@@ -10,7 +10,8 @@
     ├── ArtifactError (ValueError)          a graph, program or checkpoint on disk is not whole
     ├── UnsupportedError (NotImplementedError)  a model, method or target that we cannot handle
     ├── NotCompiledError (RuntimeError)     a call that needs an export or compile first
-    └── QueueFullError (RuntimeError)       a server has no room for one more request now
+    ├── QueueFullError (RuntimeError)       a server has no room for one more request now
+    └── AdaptersFullError (RuntimeError)    an engine has no room for one more adapter now
 
 Every error also is the built-in that callers expect. A wrong type stays ``TypeError``.
 Commands print a ``QEffError`` as one line and exit with code 2.
@@ -47,3 +48,7 @@ class NotCompiledError(QEffError, RuntimeError):
 
 class QueueFullError(QEffError, RuntimeError):
     """As many requests wait as may wait; try again later."""
+
+
+class AdaptersFullError(QEffError, RuntimeError):
+    """Every resident adapter is in use, and there is no memory for one more; try again later."""

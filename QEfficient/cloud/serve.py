@@ -31,6 +31,7 @@ class Options:
     precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "int8", "int4"])
     threads: int = option(0, "Threads; 0: one for each physical core.")
     adapter_memory_mb: int = option(1024, "Most memory of resident adapters.")
+    prefix_memory_mb: int = option(256, "Most memory of what prompts leave for others that begin alike; 0: nothing.")
     api_keys: Path | None = option(
         None, "YAML list of keys (see docs/serve.md). Default: no key needed.", metavar="FILE"
     )
@@ -66,6 +67,7 @@ def command(argv: Sequence[str]) -> int:
         "precision": options.precision,
         "threads": options.threads or None,
         "adapter_bytes": options.adapter_memory_mb << 20,
+        "prefix_bytes": options.prefix_memory_mb << 20,
         "chat_template": _read(options.chat_template),
         "keys": Keys.read(options.api_keys) if options.api_keys is not None else Keys(),
         "places": Places(tuple(Path(f) for f in options.allow_folder), options.allow_hub),

@@ -2,77 +2,26 @@
 """Continuous batching: requests join and leave a running batch at any token, each with its own adapter.
 
 Knows token ids; knows no text, no HTTP and no PyTorch. One thread owns the session. In each turn it takes at most one chunk of one
-prompt, then one token for every row that decodes, so a long prompt never stops the others for more than a chunk. The rows
-that decode are the first rows of the cache, the row that takes its prompt is the next one: what is idle costs nothing.
+prompt, then one token for every row that decodes, so a long prompt never stops the others for more than a chunk.
 """
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
-from QEfficient.contract import BASE
-from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ConfigError, QueueFullError, UnsupportedError
-from QEfficient.options import suggest
+from QEfficient.errors import ConfigError, QueueFullError
+from QEfficient.runtime.batch import Batch, Seat
 from QEfficient.runtime.requests import Request, Stream
-from QEfficient.runtime.sampling import Chooser
+from QEfficient.runtime.residents import Residents
 from QEfficient.runtime.slots import SlotSession
+from QEfficient.runtime.stats import Stats
 from QEfficient.runtime.waiting import FairQueue
 
 Array = npt.NDArray[Any]
-
-
-@dataclass(slots=True)
-class Stats:
-    """What an engine has done, and what it is doing.
-
-    Attributes:
-        slots: Rows of the cache.
-        active: Rows in use.
-        waiting: Requests that wait.
-        prompt_tokens: Prompt tokens computed.
-        new_tokens: Tokens produced.
-        prefill_seconds: Time in calls that took prompts.
-        decode_seconds: Time in calls that produced tokens.
-        full_tokens: Tokens of those calls in which every slot decoded.
-        full_seconds: Time in them.
-        requests: Requests accepted, by adapter.
-        tokens: Tokens produced, by adapter.
-        finished: Requests ended, by finish reason.
-    """
-
-    slots: int
-    active: int = 0
-    waiting: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    full_tokens: int = 0
-    full_seconds: float = 0.0
-    requests: Counter[str] = field(default_factory=Counter)
-    tokens: Counter[str] = field(default_factory=Counter)
-    finished: Counter[str] = field(default_factory=Counter)
-
-
-class _Slot:
-    """A request on its way: waiting, taking its prompt, decoding."""
-
-    __slots__ = ("adapter", "chooser", "length", "produced", "prompt", "request", "stream", "token")
-
-    def __init__(self, stream: Stream, adapter: str) -> None:
-        self.stream, self.request, self.adapter = stream, stream.request, adapter
-        self.prompt = np.asarray(self.request.prompt_ids, np.int64)
-        self.chooser = Chooser(self.request)
-        self.length = 0  # positions of the cache that are filled
-        self.produced = 0
-        self.token = -1  # produced last, not yet in the cache
 
 
 class Engine:
@@ -85,6 +34,11 @@ class Engine:
         queue_len: Most requests that wait besides.
         threads: Threads of a call; ``None``: one for each physical core.
         chunk_len: Most prompt tokens in one call: how long decoding waits for a prompt at most.
+        adapter_bytes: Most bytes of adapters; ``None``: any number.
+        prefix_bytes: Most bytes of what prompts left for others that begin alike; 0: nothing is kept.
+
+    Attributes:
+        residents: The adapters.
 
     Raises:
         ArtifactError: The program is not whole.
@@ -100,21 +54,20 @@ class Engine:
         queue_len: int = 64,
         threads: int | None = None,
         chunk_len: int = 128,
+        adapter_bytes: int | None = None,
+        prefix_bytes: int = 64 << 20,
     ) -> None:
-        for name, size in (("queue_len", queue_len), ("chunk_len", chunk_len)):
-            if size < 1:
-                raise ConfigError(f"{name} must be at least 1, not {size}")
+        if queue_len < 1:
+            raise ConfigError(f"queue_len must be at least 1, not {queue_len}")
         self._session = SlotSession(program, threads=threads)
         self._session.allocate(slots, ctx_len)
-        self._slots, self._ctx_len, self._queue_len, self._chunk_len = slots, ctx_len, queue_len, chunk_len
+        self._ctx_len, self._queue_len = ctx_len, queue_len
+        self._batch = Batch(self._session, slots, chunk_len, prefix_bytes)
+        forget = self._batch.prefixes.forget if self._batch.prefixes is not None else lambda version: None
+        self.residents = Residents(self._session, max_bytes=adapter_bytes, on_drop=forget)
         self._condition = threading.Condition()
-        self._queue: FairQueue[_Slot] = FairQueue()
-        self._decoding: list[_Slot] = []  # of rows 0, 1, 2, ...
-        self._filling: _Slot | None = None  # of the row behind them
-        self._names: dict[str, str] = {BASE: BASE}  # adapter -> its newest version in the session
-        self._uses: Counter[str] = Counter()  # version -> requests that wait or run
-        self._loads = 0
-        self._live: dict[int, _Slot] = {}
+        self._queue: FairQueue[Seat] = FairQueue()
+        self._live: dict[int, Seat] = {}
         self._cancelled: set[int] = set()
         self._stats = Stats(slots)
         self._thread: threading.Thread | None = None
@@ -135,38 +88,19 @@ class Engine:
     @property
     def adapters(self) -> tuple[str, ...]:
         """Names that requests may use, besides ``"base"``."""
-        with self._condition:
-            return tuple(n for n in self._names if n != BASE)
+        return self.residents.names
 
     def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
         """Make an adapter resident. One of the same name is replaced: requests that are here finish with the old one.
 
         Args:
-            name: Any name but ``"base"``.
-            tensors: Everything the manifest asks for, scalings included.
+            name: Any name but ``"base"``, without ``@``.
+            tensors: Everything the manifest asks for, scalings included; of prompt learning, the first entries of the cache.
 
         Raises:
-            ConfigError: The name is ``"base"``.
-            AdapterMismatchError: The tensors do not fit or are not finite; nothing has changed then.
+            QEffError: As :meth:`Residents.add`; nothing has changed then.
         """
-        if name == BASE:
-            raise ConfigError(f"{BASE!r} names the base without an adapter; give the adapter another name")
-        for key, tensor in tensors.items():
-            if not np.isfinite(tensor).all():
-                # Masked out, 0 * inf would still be NaN in every row.
-                raise AdapterMismatchError(f"adapter {name!r} cannot be used: {key!r} holds values that are not finite")
-        if any(spec.name in tensors for spec in self._session.manifest.states):
-            raise UnsupportedError(
-                f"adapter {name!r} is virtual tokens, which the engine does not put into its rows yet; use a session"
-            )
-        with self._condition:
-            self._loads += 1
-            version = f"{name}@{self._loads}"
-        self._session.load_adapter(version, tensors)
-        with self._condition:
-            old = self._names.get(name)
-            self._names[name] = version
-            self._drop_unused(old)
+        self.residents.load(name, tensors)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter: no new request may use it; its memory is free when those that are here have finished.
@@ -175,23 +109,7 @@ class Engine:
             AdapterNotFoundError: No adapter of that name is resident.
             ConfigError: The name is ``"base"``.
         """
-        if name == BASE:
-            raise ConfigError(f"{BASE!r} cannot be unloaded")
-        with self._condition:
-            self._version(name)
-            self._drop_unused(self._names.pop(name))
-
-    def _version(self, name: str) -> str:
-        if name not in self._names:
-            known = ", ".join(sorted(self._names))
-            raise AdapterNotFoundError(f"no adapter {name!r} is loaded{suggest(name, self._names)} (loaded: {known})")
-        return self._names[name]
-
-    def _drop_unused(self, version: str | None) -> None:
-        if version is None or version == BASE or self._uses[version] or version in self._names.values():
-            return
-        del self._uses[version]
-        self._session.unload_adapter(version)
+        self.residents.unload(name)
 
     # -- requests
 
@@ -203,11 +121,9 @@ class Engine:
             AdapterNotFoundError: Its adapter is not resident.
             QueueFullError: As many requests wait as may wait, or the engine is closing.
         """
-        self._check(request)
         with self._condition:
-            self._version(request.adapter)
-            idle = self._slots - len(self._decoding) - (self._filling is not None)
-            if len(self._queue) >= self._queue_len + idle:
+            self._check(request)
+            if len(self._queue) >= self._queue_len + self._batch.rows - self._batch.active:
                 raise QueueFullError(
                     f"{len(self._queue)} requests wait already, {self._queue_len} may; try again later"
                 )
@@ -219,22 +135,19 @@ class Engine:
         Raises:
             QEffError: As :meth:`submit`; nothing has been accepted then.
         """
-        for request in requests:
-            self._check(request)
         with self._condition:
             for request in requests:
-                self._version(request.adapter)
+                self._check(request)
             return [self._accept(request) for request in requests]
 
     def _accept(self, request: Request) -> Stream:
         if self._closing:
             raise QueueFullError("the engine is closing and takes no more requests")
         stream = Stream(request, self._cancel)
-        slot = _Slot(stream, self._version(request.adapter))
-        self._live[id(stream)] = slot
-        self._queue.put(request.adapter, slot)
-        self._uses[slot.adapter] += 1
-        self._stats.requests[request.adapter] += 1
+        seat = Seat(stream, self.residents.hold(request.adapter))
+        self._live[id(stream)] = seat
+        self._queue.put(seat.resident.name, seat)
+        self._stats.requests[seat.resident.name] += 1
         self._condition.notify_all()
         return stream
 
@@ -244,10 +157,12 @@ class Engine:
             raise ConfigError("the prompt is empty: it needs at least one token")
         if request.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        if (need := len(request.prompt_ids) + request.max_new_tokens) > self._ctx_len:
+        virtual = self.residents.find(request.adapter).virtual_tokens
+        if (need := virtual + len(request.prompt_ids) + request.max_new_tokens) > self._ctx_len:
+            more = f"{virtual} virtual tokens of the adapter, " if virtual else ""
             raise ConfigError(
-                f"the context does not fit: {len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones "
-                f"are {need}, a slot holds {self._ctx_len}"
+                f"the context does not fit: {more}{len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new "
+                f"ones are {need}, a slot holds {self._ctx_len}"
             )
         for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", request.sampling.logit_bias)):
             wrong = [i for i in ids if not 0 <= i < vocab]
@@ -258,24 +173,23 @@ class Engine:
 
     def _cancel(self, stream: Stream) -> None:
         with self._condition:
-            slot = self._live.get(id(stream))
-            if slot is None or slot.stream is not stream:
+            seat = self._live.get(id(stream))
+            if seat is None or seat.stream is not stream:
                 return
-            if self._queue.remove(slot.request.adapter, slot):
-                self._finish(slot, "cancelled")
+            if self._queue.remove(seat.resident.name, seat):
+                self._finish(seat, "cancelled")
                 return
             self._cancelled.add(id(stream))
             self._condition.notify_all()
         stream._end("cancelled")
 
-    def _finish(self, slot: _Slot, reason: str, error: BaseException | None = None) -> None:
+    def _finish(self, seat: Seat, reason: str, error: BaseException | None = None) -> None:
         """Forget a request that is in no row any more, then tell its stream."""
-        self._live.pop(id(slot.stream), None)
-        self._cancelled.discard(id(slot.stream))
-        self._uses[slot.adapter] -= 1
-        self._drop_unused(slot.adapter)
+        self._live.pop(id(seat.stream), None)
+        self._cancelled.discard(id(seat.stream))
+        self.residents.release(seat.resident)
         self._stats.finished[reason] += 1
-        slot.stream._end(reason, error)
+        seat.stream._end(reason, error)
 
     # -- running
 
@@ -297,7 +211,7 @@ class Engine:
             running = self._thread is not None and self._thread.is_alive()
             if running:
                 self._condition.wait_for(lambda: not self._live, timeout)
-            left = [slot.stream for slot in self._live.values()]
+            left = [seat.stream for seat in self._live.values()]
         for stream in left:
             stream.cancel()
         if self._thread is not None:
@@ -313,79 +227,69 @@ class Engine:
 
     def stats(self) -> Stats:
         """Return a copy of the counts."""
+        kept = self._batch.prefixes.bytes if self._batch.prefixes is not None else 0
         with self._condition:
-            now = self._stats
-            return replace(
-                now,
-                active=len(self._decoding) + (self._filling is not None),
-                waiting=len(self._queue),
-                requests=Counter(now.requests),
-                tokens=Counter(now.tokens),
-                finished=Counter(now.finished),
-            )
+            return self._stats.copy(active=self._batch.active, waiting=len(self._queue), prefix_bytes=kept)
 
     def memory_bytes(self) -> dict[str, int]:
         """Return what ``weights``, ``cache`` and ``adapters`` take; joined copies of running adapters are not counted."""
         return self._session.memory_bytes()
 
     def _work(self) -> None:
+        batch = self._batch
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._live or self._closing)
                 if not self._live:
                     return
                 self._sweep()
-                if self._filling is None and len(self._decoding) < self._slots and len(self._queue):
-                    self._filling = self._queue.take()
+                if batch.filling is None and len(batch.decoding) < batch.rows and len(self._queue):
+                    batch.filling = self._queue.take()
             try:
-                if self._filling is not None:
-                    self._fill(self._filling)
-                if self._decoding:
+                if batch.filling is not None:
+                    self._fill(batch.filling)
+                if batch.decoding:
                     self._decode()
             except Exception as error:  # whatever went wrong, no request may wait for ever
-                self._fail(error)
+                with self._condition:
+                    for seat in batch.clear():
+                        self._finish(seat, "error", error)
+                    self._condition.notify_all()
 
     def _sweep(self) -> None:
         """Take cancelled requests out of their rows."""
         if not self._cancelled:
             return
-        if self._filling is not None and id(self._filling.stream) in self._cancelled:
-            slot, self._filling = self._filling, None
-            self._finish(slot, "cancelled")
-        for row in reversed(range(len(self._decoding))):
-            if id(self._decoding[row].stream) in self._cancelled:
-                self._leave(row, "cancelled")
+        batch = self._batch
+        if batch.filling is not None and id(batch.filling.stream) in self._cancelled:
+            seat, batch.filling = batch.filling, None
+            self._finish(seat, "cancelled")
+        for row in reversed(range(len(batch.decoding))):
+            if id(batch.decoding[row].stream) in self._cancelled:
+                self._finish(batch.leave(row), "cancelled")
         self._condition.notify_all()
 
-    def _fill(self, slot: _Slot) -> None:
-        start = time.perf_counter()
-        part = slot.prompt[slot.length : slot.length + self._chunk_len]
-        positions = slot.length + np.arange(len(part))
-        logits = self._session.run_slots(len(self._decoding), part[None], positions[None], [slot.adapter])
-        slot.length += len(part)
+    def _fill(self, seat: Seat) -> None:
+        start, batch = time.perf_counter(), self._batch
+        computed, logits = batch.fill()
         with self._condition:
-            self._stats.prompt_tokens += len(part)
+            self._stats.prompt_tokens += computed
             self._stats.prefill_seconds += time.perf_counter() - start
-            if slot.length == len(slot.prompt):
-                self._filling = None
-                self._decoding.append(slot)
-                self._deliver([len(self._decoding) - 1], logits)
-                self._group()
+            if logits is not None:
+                self._stats.reused[seat.resident.name] += seat.copied
+                batch.filling = None
+                batch.decoding.append(seat)
+                self._deliver([len(batch.decoding) - 1], logits)
+                batch.group()
 
     def _decode(self) -> None:
-        start = time.perf_counter()
-        slots = self._decoding
-        ids = np.array([[s.token] for s in slots])
-        positions = np.array([[s.length] for s in slots])
-        logits = self._session.run_slots(0, ids, positions, [s.adapter for s in slots])
-        for slot in slots:
-            slot.length += 1
+        start, count = time.perf_counter(), len(self._batch.decoding)
+        logits = self._batch.step()
         with self._condition:
-            count = len(slots)
             self._deliver(range(count), logits)
             seconds = time.perf_counter() - start
             self._stats.decode_seconds += seconds
-            if count == self._slots:
+            if count == self._batch.rows:
                 self._stats.full_tokens += count
                 self._stats.full_seconds += seconds
 
@@ -393,51 +297,24 @@ class Engine:
         """Choose a token for each row and take finished requests out."""
         ended: list[tuple[int, str, BaseException | None]] = []
         for row, one in zip(rows, logits, strict=True):
-            slot = self._decoding[row]
-            token = slot.chooser.choose(one)
-            slot.token = token.id
-            slot.produced += 1
+            seat = self._batch.decoding[row]
+            token = seat.chooser.choose(one)
+            seat.token = token.id
+            seat.produced += 1
             self._stats.new_tokens += 1
-            self._stats.tokens[slot.request.adapter] += 1
+            self._stats.tokens[seat.resident.name] += 1
             try:
-                slot.stream._put(token)
+                seat.stream._put(token)
             except Exception as error:  # of the listener's own code: its request ends, its neighbours go on
                 ended.append((row, "error", error))
                 continue
-            if token.id in slot.request.eos_ids:
+            if id(seat.stream) in self._cancelled:
+                ended.append((row, "cancelled", None))
+            elif token.id in seat.request.eos_ids:
                 ended.append((row, "stop", None))
-            elif slot.produced == slot.request.max_new_tokens:
+            elif seat.produced == seat.request.max_new_tokens:
                 ended.append((row, "length", None))
         for row, reason, problem in reversed(ended):
-            self._leave(row, reason, problem)
+            self._finish(self._batch.leave(row), reason, problem)
         if ended:
-            self._condition.notify_all()
-
-    def _leave(self, row: int, reason: str, error: BaseException | None = None) -> None:
-        """Free a row: the last row that decodes takes its place, and the one behind that moves up."""
-        slot, last = self._decoding[row], self._decoding[-1]
-        end = len(self._decoding) - 1
-        if row != end:
-            self._session.copy_row(end, row, last.length)
-            self._decoding[row] = last
-        self._decoding.pop()
-        if self._filling is not None:
-            self._session.copy_row(end + 1, end, self._filling.length)
-        self._finish(slot, reason, error)
-
-    def _group(self) -> None:
-        """Without mixed calls, put rows of one adapter side by side: a call takes as many of them as stand together."""
-        if self.mixed:
-            return
-        order = sorted(range(len(self._decoding)), key=lambda row: self._decoding[row].adapter)
-        if order != list(range(len(order))):
-            self._session.permute(order, max(s.length for s in self._decoding))
-            self._decoding = [self._decoding[row] for row in order]
-
-    def _fail(self, error: BaseException) -> None:
-        with self._condition:
-            slots = [*self._decoding, *([self._filling] if self._filling is not None else [])]
-            self._decoding, self._filling = [], None
-            for slot in slots:
-                self._finish(slot, "error", error)
             self._condition.notify_all()

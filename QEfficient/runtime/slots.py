@@ -5,7 +5,7 @@ In a mixed program (``MIXED`` of the contract) the adapters of a call stand side
 count for which row. In any other program a call takes rows of one adapter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from QEfficient.contract import BASE, MIXED
 from QEfficient.runtime.mixing import Mixture
-from QEfficient.runtime.session import OrtSession, _bind_input, filled_part
+from QEfficient.runtime.session import OrtSession, _bind_input, _count, filled_part
 
 Array = npt.NDArray[Any]
 
@@ -21,7 +21,10 @@ _KEPT_BINDINGS = 64
 
 
 class SlotSession(OrtSession):
-    """An :class:`OrtSession` that is told rows and adapters with each call. Adapters may come and go from other threads."""
+    """An :class:`OrtSession` that is told rows and adapters with each call.
+
+    Other adapters than those of a call may come and go from other threads meanwhile.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,19 +47,28 @@ class SlotSession(OrtSession):
                 at = slice(column, column + 1)
                 logits = self.run_slots(first, ids[:, at], positions[:, at], adapters)
             return logits
+        adapters = [BASE if self._adapters[a] is self._adapters[BASE] else a for a in adapters]
         if self.mixed or len(set(adapters)) == 1:
-            with self._lock:  # an adapter that is unloaded meanwhile takes its bindings away
+            with self._lock:
                 alike = len(set(adapters)) == 1
                 binding = (
                     self._binding_of(first, len(ids), adapters[0]) if alike else self._mixed_binding(first, adapters)
                 )
-                return self._call(binding, ids, positions)[:, -1]
+            # Not locked: whoever loads or unloads other adapters meanwhile does not wait for a step.
+            return self._call(binding, ids, positions)[:, -1]
         parts, start = [], 0
         for end in range(1, len(adapters) + 1):
             if end == len(adapters) or adapters[end] != adapters[start]:
                 parts.append(self.run_slots(first + start, ids[start:end], positions[start:end], adapters[start:end]))
                 start = end
         return np.concatenate(parts)
+
+    def begin_row(self, row: int, adapter: str) -> int:
+        """Put an adapter's virtual tokens first into a row; return how many those are."""
+        entries = self._entries.get(adapter, {})
+        for name, first in entries.items():
+            self._states[name][row, :, : first.shape[1]] = first
+        return _count(entries)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` positions of a row over another row's."""
@@ -68,6 +80,25 @@ class SlotSession(OrtSession):
         for spec in self.manifest.states:
             view = self._states[spec.name][: len(order), *filled_part(spec, length)]
             view[...] = view[list(order)]
+
+    def load_adapter(self, name: str, tensors: Mapping[str, Array]) -> None:
+        """See :meth:`OrtSession.load_adapter`. Virtual tokens alone run in one call with the base's rows."""
+        super().load_adapter(name, tensors)
+        with self._lock:
+            placed, base = self._adapters[name], self._adapters[BASE]
+            if self._entries[name] and all(np.array_equal(t, base[n]) for n, t in placed.items()):
+                self._adapters[name] = base
+
+    def adapter_bytes(self, name: str) -> int:
+        """Return what a resident adapter takes."""
+        with self._lock:
+            self._known(name)
+            tensors = self._adapters[name] if self._adapters[name] is not self._adapters[BASE] else {}
+            return sum(t.nbytes for t in (*tensors.values(), *self._entries.get(name, {}).values()))
+
+    def entries_of(self, name: str) -> int:
+        """Return how many virtual tokens a resident adapter puts first into a row."""
+        return _count(self._entries.get(name, {}))
 
     def unload_adapter(self, name: str) -> None:
         """See :meth:`OrtSession.unload_adapter`."""

@@ -96,15 +96,15 @@ def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[st
         allowed = {name for name, _ in server.models(_key(request))}
         stats, registry = server.engine.stats(), server.registry
         key = _key(request)
-        shown = [v for v in registry.versions() if v.name in allowed or key is None or not key.models]
+        shown = [v for v in registry.entries() if v.name in allowed or key is None or not key.models]
         return {
             "adapters": [
                 {
                     "name": v.name,
                     "state": v.state,
-                    "version": v.engine_name,
-                    "bytes": v.bytes,
-                    "running": v.leases,
+                    "version": v.resident.version if v.resident is not None else "",
+                    "bytes": v.resident.bytes if v.resident is not None and not v.resident.gone else 0,
+                    "running": v.resident.uses if v.resident is not None else 0,
                     "loads": v.loads,
                     "load_seconds": v.load_seconds,
                     "refused": v.refused,
@@ -113,7 +113,7 @@ def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[st
                 for v in shown
             ],
             "engine": {"slots": stats.slots, "active": stats.active, "waiting": stats.waiting},
-            "memory": {"adapters": registry.resident_bytes, "limit": registry.max_bytes},
+            "memory": {"adapters": registry.residents.bytes, "limit": registry.residents.max_bytes},
         }
 
 

@@ -6,13 +6,13 @@ from typing import Any
 from QEfficient.errors import (
     AdapterMismatchError,
     AdapterNotFoundError,
+    AdaptersFullError,
     ArtifactError,
     ConfigError,
     QEffError,
     QueueFullError,
     UnsupportedError,
 )
-from QEfficient.serve.registry import RegistryFullError
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
@@ -54,7 +54,7 @@ def refusal_of(error: BaseException) -> Refusal:
         return error
     if isinstance(error, QueueFullError):
         return Refusal(503, str(error), code="queue_full", retry_seconds=1)
-    if isinstance(error, RegistryFullError):
+    if isinstance(error, AdaptersFullError):
         return Refusal(503, str(error), code="adapters_full", retry_seconds=1)
     if isinstance(error, AdapterNotFoundError):
         return Refusal(404, str(error), code="model_not_found", param="model")

@@ -4,7 +4,6 @@
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from QEfficient.export.weights import Checkpoint
 from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, fit, neutral_tensors, read_config, resolve
 from QEfficient.peft.loading import checkpoint_folder
 from QEfficient.peft.unloaded import export_adapters, skeleton_of
+from QEfficient.serve.entries import Verdict
 from QEfficient.store import cache_root, digest_file
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.inputs import read_base_config
@@ -29,21 +29,6 @@ from QEfficient.testing.selection import Selection
 Array = npt.NDArray[Any]
 
 _MOST_SCALINGS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the checks say of an adapter's files.
-
-    Attributes:
-        refused: Why it is not served; empty if it is.
-        warnings: What its owner should know.
-        digest: Of the tensors' file that was looked at.
-    """
-
-    refused: str
-    warnings: tuple[str, ...]
-    digest: str
 
 
 class Loader:
@@ -63,14 +48,20 @@ class Loader:
         self._most_bytes = most_bytes
         self._scalings: dict[str, dict[str, float]] = {}
 
-    def digest(self, path: str | Path) -> str:
-        """Return the identity of an adapter's tensors and configuration.
+    def fetch(self, place: str | Path) -> Path:
+        """Return an adapter's folder, downloaded from the Hub if need be.
 
         Raises:
             AdapterNotFoundError: It is not where it should be.
+        """
+        return resolve(place)
+
+    def digest(self, folder: Path) -> str:
+        """Return the identity of an adapter's tensors and configuration.
+
+        Raises:
             ArtifactError: It has no safetensors file, or one that is larger than allowed.
         """
-        folder = resolve(path)
         file = folder / WEIGHTS_FILE
         if not file.is_file():
             pickled = file.with_suffix(".bin")
@@ -80,11 +71,11 @@ class Loader:
             raise ArtifactError(f"{WEIGHTS_FILE} has {size} bytes, at most {self._most_bytes} are allowed")
         return digest_file(file) + digest_file(folder / "adapter_config.json")
 
-    def examine(self, name: str, path: str | Path) -> Verdict:
+    def examine(self, name: str, folder: Path) -> Verdict:
         """Ask the checks of ``qefficient test`` that need no model run."""
         try:
-            digest = self.digest(path)
-            found = examine(name, path, self.base, self._config, Selection())
+            digest = self.digest(folder)
+            found = examine(name, folder, self.base, self._config, Selection())
         except QEffError as e:
             return Verdict(str(e), (), "")
         failed = [r.message for r in found.results if r.outcome is Outcome.FAIL]
@@ -92,15 +83,15 @@ class Loader:
         refused = str(found.error) if found.error is not None else " ".join(failed)
         return Verdict(refused, warned, digest)
 
-    def tensors(self, name: str, path: str | Path, digest: str) -> dict[str, Array]:
+    def tensors(self, name: str, folder: Path, digest: str) -> dict[str, Array]:
         """Return what the engine takes.
 
         Raises:
             AdapterMismatchError: The adapter does not fit the graph.
             ArtifactError: The files are no longer those that had ``digest``.
         """
-        adapter = Adapter.load(path, name)
-        if self.digest(path) != digest:
+        adapter = Adapter.load(folder, name)
+        if self.digest(folder) != digest:
             raise ArtifactError(f"the files of adapter {name!r} changed while they were read; load it again")
         fields = {k: v for k, v in plain(adapter.config.to_dict()).items() if k != "base_model_name_or_path"}
         key = json.dumps(fields, sort_keys=True)

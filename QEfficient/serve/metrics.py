@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What Prometheus is told. Labels are names of adapters that exist, so that no client can make them grow."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -11,14 +11,18 @@ from prometheus_client.registry import Collector
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
+Snapshot = Callable[[], Mapping[str, tuple[str, float | Mapping[str, float]]]]
+
+
 class Metrics:
     """Counters and histograms of one server.
 
     Args:
-        snapshot: Returns gauges and counters that live elsewhere, as name to (help, value); counters end in ``_total``.
+        snapshot: Returns gauges and counters that live elsewhere, as name to (help, value), or (help, values by model); counters
+            end in ``_total``.
     """
 
-    def __init__(self, snapshot: Callable[[], dict[str, tuple[str, float]]]) -> None:
+    def __init__(self, snapshot: Snapshot) -> None:
         self.registry = CollectorRegistry()
         one, two = ["model"], ["model", "status"]
         add: dict[str, Any] = {"registry": self.registry}
@@ -38,10 +42,16 @@ class Metrics:
 
 
 class _Snapshot(Collector):
-    def __init__(self, take: Callable[[], dict[str, tuple[str, float]]]) -> None:
+    def __init__(self, take: Snapshot) -> None:
         self._take = take
 
     def collect(self) -> Iterable[Metric]:
         for name, (documentation, value) in self._take().items():
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            yield kind(name, documentation, value=value)
+            if not isinstance(value, Mapping):
+                yield kind(name, documentation, value=value)
+                continue
+            family = kind(name, documentation, labels=["model"])
+            for model, one in value.items():
+                family.add_metric([model], one)
+            yield family

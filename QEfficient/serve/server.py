@@ -7,21 +7,23 @@ Knows OpenAI's requests; does not know HTTP.
 import asyncio
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from QEfficient.contract import BASE
+from QEfficient.errors import AdaptersFullError
 from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.requests import Request, Sampling
 from QEfficient.serve.completions import Answer
 from QEfficient.serve.config import Key, Keys, Limits, Places
+from QEfficient.serve.entries import Lease
 from QEfficient.serve.failures import Refusal
 from QEfficient.serve.logs import log
 from QEfficient.serve.metrics import Metrics
-from QEfficient.serve.registry import Lease, Registry
+from QEfficient.serve.registry import Registry
 from QEfficient.serve.schemas import ChatRequest, CompletionRequest
 from QEfficient.serve.text import Prompts
 
@@ -92,7 +94,7 @@ class Server:
 
     def models(self, key: Key | None) -> list[tuple[str, str | None]]:
         """Return the names that a client may ask for, and the base each stands on."""
-        refused = {v.name for v in self.registry.versions() if v.refused}
+        refused = {v.name for v in self.registry.entries() if v.refused}
         names = [(BASE, None), *((n, BASE) for n in self.registry.names if n not in refused)]
         return [(n, p) for n, p in names if _allowed(key, n)]
 
@@ -154,7 +156,7 @@ class Server:
                 for i in range(count):
                     request = Request(
                         prompt_ids=ids,
-                        adapter=lease.engine_name,
+                        adapter=lease.version,
                         max_new_tokens=length,
                         eos_ids=frozenset() if body.ignore_eos else self.eos_ids,
                         sampling=_sampling(body, seed + i),
@@ -186,7 +188,7 @@ class Server:
             "request",
             id=request_id,
             model=model,
-            adapter_version=job.lease.engine_name,
+            adapter_version=job.lease.version,
             key=key.name if key else None,
             status=status,
             prompt_tokens=job.prompt_tokens,
@@ -233,16 +235,15 @@ class Server:
     # -- inside
 
     async def _lease(self, name: str) -> Lease:
-        lease = self.registry.try_acquire(name)
-        if lease is not None:
-            return lease
-        work = asyncio.get_running_loop().run_in_executor(
-            self._workers, partial(self.registry.acquire, name, seconds=self.limits.load_seconds)
-        )
+        asked = self.registry.ask(name)
         try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            work.add_done_callback(lambda f: f.result().release() if not f.cancelled() and not f.exception() else None)
+            return await asyncio.wait_for(asyncio.wrap_future(asked), self.limits.load_seconds)
+        except BaseException as e:
+            if not asked.cancel() and not asked.exception():
+                asked.result().release()
+            if isinstance(e, TimeoutError):
+                seconds = self.limits.load_seconds
+                raise AdaptersFullError(f"adapter {name!r} could not be loaded within {seconds:g} s") from e
             raise
 
     def _new_tokens(self, prompt: int, wanted: int | None) -> int:
@@ -264,22 +265,24 @@ class Server:
         self.metrics.adapter_load.observe(seconds)
         log("adapter resident", model=name, seconds=round(seconds, 4))
 
-    def _snapshot(self) -> dict[str, tuple[str, float]]:
-        stats, counts = self.engine.stats(), self.registry.counts
+    def _snapshot(self) -> dict[str, tuple[str, float | Mapping[str, float]]]:
+        stats, counts, residents = self.engine.stats(), self.registry.counts, self.engine.residents
         return {
             "qeff_slots": ("Requests that can run at a time.", stats.slots),
             "qeff_slots_active": ("Requests that run.", stats.active),
             "qeff_queue_waiting": ("Requests that wait for a slot.", stats.waiting),
             "qeff_prefill_seconds_total": ("Time spent on prompts.", stats.prefill_seconds),
             "qeff_decode_seconds_total": ("Time spent on new tokens.", stats.decode_seconds),
+            "qeff_prefix_tokens_total": ("Prompt tokens that were copied from a kept prefix.", stats.reused),
+            "qeff_prefix_bytes": ("What kept prefixes of prompts take.", stats.prefix_bytes),
             "qeff_adapters_registered": ("Adapters that are known.", len(self.registry.names)),
-            "qeff_adapters_resident": ("Adapters in memory.", self.registry.resident),
-            "qeff_adapters_resident_bytes": ("What they take.", self.registry.resident_bytes),
-            "qeff_adapters_max_bytes": ("What they may take.", self.registry.max_bytes),
+            "qeff_adapters_resident": ("Adapters in memory.", len(residents)),
+            "qeff_adapters_resident_bytes": ("What they take.", residents.bytes),
+            "qeff_adapters_max_bytes": ("What they may take.", residents.max_bytes or 0),
             "qeff_adapter_hits_total": ("Requests whose adapter was in memory.", counts.hits),
             "qeff_adapter_misses_total": ("Requests that waited for one.", counts.misses),
             "qeff_adapter_loads_total": ("Adapters loaded.", counts.loads),
-            "qeff_adapter_evictions_total": ("Adapters evicted.", counts.evictions),
+            "qeff_adapter_evictions_total": ("Adapters evicted.", residents.evictions),
             "qeff_adapter_refusals_total": ("Adapters refused.", counts.refusals),
         }
 

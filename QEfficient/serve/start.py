@@ -32,6 +32,7 @@ def build(
     queue_len: int = 64,
     precision: str = "fp32",
     adapter_bytes: int = 1 << 30,
+    prefix_bytes: int = 256 << 20,
     threads: int | None = None,
     chat_template: str = "",
     **options: Any,
@@ -46,6 +47,7 @@ def build(
         queue_len: Requests that wait besides.
         precision: How the base's weights are held.
         adapter_bytes: Most memory of resident adapters.
+        prefix_bytes: Most memory of what prompts leave for others that begin alike; 0: none.
         threads: Of one call of the program.
         chat_template: Text of a template that replaces the tokenizer's.
         **options: Fields of :class:`Server`: ``limits``, ``keys``, ``places``, ``log_prompts``.
@@ -59,8 +61,16 @@ def build(
     graph = graph_for(base, adapters)
     program = compile_graph(graph, ctx_len=ctx_len, precision=precision, mixed=True)
     loader = Loader(base, graph, most_bytes=adapter_bytes)
-    engine = Engine(program, slots=slots, ctx_len=ctx_len, queue_len=queue_len, threads=threads)
-    registry = Registry(engine, loader, adapter_bytes)
+    engine = Engine(
+        program,
+        slots=slots,
+        ctx_len=ctx_len,
+        queue_len=queue_len,
+        threads=threads,
+        adapter_bytes=adapter_bytes,
+        prefix_bytes=prefix_bytes,
+    )
+    registry = Registry(engine.residents, loader)
     for name, path in adapters.items():
         registry.register(name, path)
     engine.start()

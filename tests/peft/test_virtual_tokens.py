@@ -12,9 +12,11 @@ from QEfficient import QEffAutoPeftModelForCausalLM
 from QEfficient.contract import Manifest
 from QEfficient.errors import AdapterMismatchError, ConfigError
 from QEfficient.peft.adapters import Adapter, fit, read_exported
+from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.prefill import prefill
+from QEfficient.runtime.requests import Request
 from QEfficient.runtime.session import OrtSession
-from tests.tiny import VOCAB, make_base
+from tests.tiny import VOCAB, make_base, make_peft
 
 KINDS = {"prompt": PromptTuningConfig, "prefix": PrefixTuningConfig}
 
@@ -85,3 +87,38 @@ def test_rows_keep_what_they_began_with_and_must_fit(tmp_path: Path) -> None:
     with pytest.raises(AdapterMismatchError, match=r"begins 'past_value.1' with \(2, 4, 8\)"):
         session.load_adapter("b", wrong)
     assert session.adapters == ("a",)
+
+
+def test_virtual_tokens_in_an_engine(tmp_path: Path) -> None:
+    """Rows with 4 and 7 virtual tokens, with LoRA and with none share a batch, and prefixes with what stands before them."""
+    models = {
+        "first": trained("prompt", 4, 1),
+        "second": trained("prefix", 7, 2),
+        "lora": make_peft(make_base("llama")),
+    }
+    made = QEffAutoPeftModelForCausalLM(models["lora"])
+    manifest = Manifest.read(made.export(tmp_path / "graph").parent)
+    engine = Engine(made.compile(ctx_len=48, mixed=True), slots=3, ctx_len=48, chunk_len=5, threads=1)
+    engine.load_adapter("lora", made.tensors_of("default"))
+    for name in ("first", "second"):
+        engine.load_adapter(name, fit(Adapter.from_model(models[name], "a"), manifest))
+    prompts = torch.randint(3, VOCAB, (6, 14), generator=torch.Generator().manual_seed(0))
+    prompts[4:, :12] = prompts[0, :12]  # begins like the first, which has the same adapter
+    names = ["first", "second", "base", "lora", "first", "first"]
+    with engine:
+        streams = [
+            engine.submit(Request(prompt_ids=p.tolist(), adapter=n, max_new_tokens=5))
+            for p, n in zip(prompts, names, strict=True)
+        ]
+        got = [[token.id for token in stream] for stream in streams]
+        assert engine.stats().reused["first"] == 24
+        with pytest.raises(
+            ConfigError, match="7 virtual tokens of the adapter, 14 prompt tokens and 28 new ones are 49"
+        ):
+            engine.submit(Request(prompt_ids=prompts[0].tolist(), adapter="second", max_new_tokens=28))
+    for prompt, name, answer in zip(prompts, names, got, strict=True):
+        ids, model = prompt[None], models.get(name, make_base("llama"))
+        with torch.no_grad():
+            for _ in range(5):
+                ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1].argmax(-1)[:, None]], 1)
+        assert answer == ids[0, 14:].tolist(), name

@@ -91,14 +91,16 @@ def test_seeds_do_not_depend_on_neighbours(tiny, program):
 
 def test_a_cancelled_request_frees_its_slot(tiny, program):
     """Cancelling a running request lets the one that waits for its slot run; cancelling a waiting one takes it out."""
-    with with_adapters(make_engine(program, slots=1), tiny) as engine:
-        first = engine.submit(Request(prompt_ids=[1], adapter="one", max_new_tokens=47))
-        second = engine.submit(Request(prompt_ids=[2, 3], adapter="two", max_new_tokens=5))
-        third = engine.submit(Request(prompt_ids=[2, 3], adapter="one", max_new_tokens=5))
-        third.cancel()
-        next(first)
-        first.cancel()
+    engine = with_adapters(make_engine(program, slots=1), tiny)
+    first = engine.submit(Request(prompt_ids=[1], adapter="one", max_new_tokens=47))
+    second = engine.submit(Request(prompt_ids=[2, 3], adapter="two", max_new_tokens=5))
+    third = engine.submit(Request(prompt_ids=[2, 3], adapter="one", max_new_tokens=5))
+    third.cancel()
+    first.on_token = lambda token: first.cancel() if token else None
+    with engine:
         assert ids_of(second) == greedy(tiny, [2, 3], "two", 5)
+    assert len(first.tokens) == 1
+    assert engine.stats().new_tokens == 6  # the slot was free before the next step
     assert (first.finish_reason, third.finish_reason, ids_of(third)) == ("cancelled", "cancelled", [])
 
 
@@ -264,3 +266,42 @@ def test_a_listener_that_fails_ends_its_own_request_only(tiny, program):
         assert [ids_of(s) for s in streams] == [greedy(tiny, [2, 3], "two", 5)] * 2
         assert bad.wait(60)
     assert (bad.finish_reason, str(bad.error)) == ("error", "gone")
+
+
+def test_a_shared_prefix_is_computed_once_for_each_adapter(tiny, program):
+    """Prompts that begin alike take what the first of their adapter left: PyTorch's tokens, and the counts of what was computed."""
+    system = list(range(3, 23))
+    prompts = [[*system, n, n + 1] for n in (40, 50, 60)]
+    with with_adapters(make_engine(program), tiny) as engine:
+        for adapter in ("one", "two", "base"):
+            before = engine.stats()
+            for prompt in prompts:
+                stream = engine.submit(Request(prompt_ids=prompt, adapter=adapter, max_new_tokens=6))
+                assert ids_of(stream) == greedy(tiny, prompt, adapter, 6)
+            now = engine.stats()
+            assert now.reused[adapter] == 2 * 20
+            assert now.prompt_tokens - before.prompt_tokens == 22 + 2 + 2
+        # Loaded anew, the name has another version: nothing of the old one is taken.
+        engine.load_adapter("one", tiny.adapters["two"])
+        stream = engine.submit(Request(prompt_ids=prompts[0], adapter="one", max_new_tokens=6))
+        assert ids_of(stream) == greedy(tiny, prompts[0], "two", 6)
+        assert engine.stats().reused["one"] == 2 * 20
+
+
+def test_prefixes_are_bounded_and_can_be_left_out(tiny, program):
+    """Kept prefixes stay below their bound, unloading an adapter drops its own, and 0 bytes keep none."""
+    prompts = np.random.default_rng(5).integers(0, VOCAB, (8, 16)).tolist()
+    with with_adapters(make_engine(program), tiny) as engine:
+        ids_of(engine.submit(Request(prompt_ids=prompts[0], adapter="one", max_new_tokens=1)))
+        one = engine.stats().prefix_bytes
+        assert one > 0
+        engine.unload_adapter("one")
+        assert engine.stats().prefix_bytes == 0
+    with make_engine(program, prefix_bytes=3 * one) as engine:
+        for prompt in prompts:
+            ids_of(engine.submit(Request(prompt_ids=prompt, max_new_tokens=1)))
+        assert engine.stats().prefix_bytes == 3 * one
+    with make_engine(program, prefix_bytes=0) as engine:
+        for prompt in (prompts[0], prompts[0]):
+            ids_of(engine.submit(Request(prompt_ids=prompt, max_new_tokens=1)))
+        assert engine.stats().prompt_tokens == 32

@@ -105,7 +105,7 @@ def test_prefix_gives_the_same_logits(tiny, session, adapter):
 
 
 def test_prefixes_are_told_apart_and_bounded(tiny):
-    """Another adapter, another token or the whole prompt finds nothing; memory is bounded, the oldest goes."""
+    """Another adapter or another first token finds nothing, a token is left to compute; memory is bounded, the oldest goes."""
     session = OrtSession(tiny.program, threads=1)
     session.allocate(1, 32)
     session.run(IDS[None], np.arange(24)[None])
@@ -115,7 +115,8 @@ def test_prefixes_are_told_apart_and_bounded(tiny):
         prefixes.keep(session, 0, f"a{start}", IDS[:8])
     assert prefixes.bytes == 2 * one
     assert [prefixes.restore(session, 0, f"a{n}", IDS) for n in range(3)] == [0, 8, 8]
-    assert prefixes.restore(session, 0, "a1", IDS[:8]) == 0
+    assert prefixes.restore(session, 0, "a1", IDS[:8]) == 7
+    assert prefixes.restore(session, 0, "a1", np.where(np.arange(24) == 5, IDS - 1, IDS)) == 5
     assert prefixes.restore(session, 0, "a1", IDS[1:]) == 0
     prefixes.forget("a1")
     assert prefixes.restore(session, 0, "a1", IDS) == 0
