@@ -108,6 +108,7 @@ class Manifest:
         files: Size in bytes and xxh3-128 digest of every file of the folder: ``{name: {"bytes": n, "xxh3": hex}}``.
         versions: Versions of the libraries that took part.
         options: Options of the export or compile that shaped the result.
+        absent: Shards of the checkpoint that the graph was exported without: it cannot be run or compiled.
     """
 
     hash: str
@@ -121,6 +122,20 @@ class Manifest:
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+    def require_weights(self, folder: Path) -> None:
+        """Refuse a graph that was exported without its weights.
+
+        Raises:
+            ArtifactError: Names the first shard that is missing.
+        """
+        if self.absent:
+            more = f" (and {len(self.absent) - 1} more)" if len(self.absent) > 1 else ""
+            raise ArtifactError(
+                f"{folder} has no weights: it was exported from the checkpoint's index alone, without {self.absent[0]}{more}. "
+                f"Put the shards into {self.base.get('name_or_path') or 'the base'} and export again, without --without-weights."
+            )
 
     def write(self, folder: Path) -> None:
         """Write ``manifest.json`` into ``folder``."""
@@ -158,4 +173,5 @@ class Manifest:
             )
             for a in content["adapter"]
         )
+        content["absent"] = tuple(content.get("absent", ()))
         return cls(**content)

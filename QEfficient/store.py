@@ -6,9 +6,10 @@ Knows files and digests; does not know what they mean.
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import xxhash
 
 from QEfficient.errors import ArtifactError
 
+_ASIDE = ".tmp-qefficient-"
 _CHUNK_BYTES = 1 << 24
 _SAMPLED = "sampled-"
 _SAMPLED_FROM_BYTES = 1 << 34  # reading 16 GB takes some ten seconds from memory, a minute from a disk
@@ -120,16 +122,16 @@ def written_aside(target: Path, *, is_whole: Callable[[Path], bool] = lambda _: 
 
     If there is a whole folder by then, another process's, it stays and ours is dropped: both hold the same. A damaged
     one is replaced. If the block raises, nothing is left. A killed process leaves only a ``.tmp-`` folder, which is never
-    read.
+    read, and which the next call for the same place removes.
 
     Args:
         target: The folder to make.
         is_whole: Tells whether a folder that stands there already may stay.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
-    aside.chmod(0o755)  # mkdtemp's folders are private; a graph is no secret
-    try:
+    remove_left_aside(target.parent)
+    with _folder_aside(target) as aside:
+        aside.chmod(0o755)  # mkdtemp's folders are private; a graph is no secret
         yield aside
         _sync(aside)
         if target.is_dir() and not is_whole(target):
@@ -139,22 +141,61 @@ def written_aside(target: Path, *, is_whole: Callable[[Path], bool] = lambda _: 
         except OSError:
             if not target.is_dir():
                 raise
+
+
+def remove_left_aside(parent: Path) -> None:
+    """Remove what killed processes left in ``parent``; what a living process writes there stays.
+
+    Who writes aside holds a lock on the folder, which the system takes from a process that dies. Where the file system
+    knows no locks, nothing is removed.
+    """
+    for left in parent.glob(f"{_ASIDE}*"):
+        with suppress(OSError), _locked(left, alone=True):  # else its owner lives, or it is gone
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@contextmanager
+def _folder_aside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``target``, locked as ours; remove it in the end, if it is still there."""
+    with ExitStack() as stack:
+        while True:
+            aside = Path(tempfile.mkdtemp(prefix=f"{_ASIDE}{target.name}-", dir=target.parent))
+            with suppress(OSError):  # a file system without locks: nobody removes anything there
+                stack.enter_context(_locked(aside, alone=False))
+            if aside.is_dir():
+                break  # else somebody took it for left behind before it was locked
+        stack.callback(shutil.rmtree, aside, ignore_errors=True)
+        yield aside
+
+
+@contextmanager
+def _locked(folder: Path, *, alone: bool) -> Iterator[None]:
+    """Hold a lock on a folder: ``alone`` or not at all, or together with others, waiting for one that is alone.
+
+    Raises:
+        OSError: There is no such folder, it is locked, or it cannot be.
+    """
+    if sys.platform == "win32":
+        raise OSError("folders cannot be locked here")
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(handle)
 
 
 def write_file(path: Path, write: Callable[[Path], None]) -> None:
     """Call ``write`` with a temporary path beside ``path``, then move the result to ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".tmp-{path.name}-", dir=path.parent)
-    os.close(handle)
-    aside = Path(name)
-    try:
+    remove_left_aside(path.parent)
+    with _folder_aside(path) as folder:
+        aside = folder / path.name
         write(aside)
         aside.chmod(0o644)
         os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -167,13 +208,8 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def _discard(folder: Path) -> None:
     """Take a folder away at once: readers see it or do not, never half of it."""
-    dead = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-    try:
+    with _folder_aside(folder) as dead, suppress(FileNotFoundError):  # somebody else was faster
         os.rename(folder, dead / folder.name)
-    except FileNotFoundError:
-        pass  # somebody else was faster
-    finally:
-        shutil.rmtree(dead, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:

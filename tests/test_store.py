@@ -53,19 +53,33 @@ def test_a_damaged_folder_is_replaced(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_no_target(tmp_path: Path) -> None:
-    """A writer killed with SIGKILL leaves nothing that could be taken for whole."""
+    """What a writer killed with SIGKILL leaves is not taken for whole; the next one removes it, and nobody else's."""
     code = (
         "import sys, time; from pathlib import Path; from QEfficient.store import written_aside\n"
         "with written_aside(Path(sys.argv[1])) as aside:\n"
         "    (aside / 'a').write_text('1'); print('writing', flush=True); time.sleep(60)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "graph")], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "writing\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert not (tmp_path / "graph").exists()
+    writers = []
+    for name in ("killed", "alive"):
+        argv = [sys.executable, "-c", code, str(tmp_path / name)]
+        writers.append(subprocess.Popen(argv, stdout=subprocess.PIPE, text=True))
+    for process in writers:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "writing\n"
+        process.stdout.close()
+    os.kill(writers[0].pid, signal.SIGKILL)
+    writers[0].wait()
+    assert not (tmp_path / "killed").exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    (tmp_path / ".tmp-mine").mkdir()
+    with written_aside(tmp_path / "next"):
+        pass
+    left = [p.name for p in tmp_path.iterdir()]
+    assert not any("killed" in name for name in left)
+    assert any("alive" in name for name in left)
+    assert ".tmp-mine" in left
+    writers[1].kill()
+    writers[1].wait()
 
 
 @pytest.mark.parametrize(

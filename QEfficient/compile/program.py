@@ -69,6 +69,7 @@ def compile_graph(
     graph = Path(graph)
     chosen = find_target(target, precision)
     manifest = Manifest.read(graph)
+    manifest.require_weights(graph)
     _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
     weights = _weights(precision, block_size, symmetric, keep)
     options = {

@@ -81,7 +81,9 @@ def refuse(config: PeftConfig) -> None:
     elif getattr(config, "arrow_config", None):
         method, reason = "Arrow", "it is a mixture of the model's other adapters"
     if reason is not None:
-        raise UnsupportedError(f"adapters of the method {method} cannot be exported: {reason}")
+        raise UnsupportedError(
+            f"adapters of the method {method} cannot be exported: {reason}; PEFT cannot merge them either"
+        )
 
 
 def inner_model(model: nn.Module) -> nn.Module:

@@ -16,12 +16,20 @@ from safetensors.numpy import save_file
 from torch import Tensor, nn
 
 from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
-from QEfficient.errors import ArtifactError, ConfigError
+from QEfficient.errors import ArtifactError, ConfigError, UnsupportedError
 from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, refuse, shapes_graph
 from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.trace import Traced, trace
 from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter, StaticReshape
-from QEfficient.export.weights import Checkpoint, TensorRef, holds, identity_of, link_weights
+from QEfficient.export.weights import (
+    WEIGHTS_CHOICES,
+    Checkpoint,
+    CheckpointIndex,
+    TensorRef,
+    holds,
+    identity_of,
+    link_weights,
+)
 from QEfficient.store import record_file, verify_files, written_aside
 
 LOGITS_CHOICES = ("last", "all")
@@ -35,6 +43,7 @@ def export_graph(
     adapter_name: str | None = None,
     checkpoint: Checkpoint | None = None,
     logits: str = "last",
+    weights: str = "linked",
     neutral: Callable[[], Mapping[str, np.ndarray]] | None = None,
 ) -> Path:
     """Export ``model`` to ``<destination>-<hash>/``, unless that graph is already there and whole.
@@ -46,16 +55,20 @@ def export_graph(
         checkpoint: Files that the base was loaded from. If they hold exactly what the model holds (a model without
             memory, on ``meta``, is taken at its word), they are linked; otherwise the model's weights are written.
         logits: ``"last"`` or ``"all"``: see the contract.
+        weights: ``"linked"``; ``"written"``: files of the checkpoint are copied, so that the folder stands alone;
+            ``"absent"``: ``checkpoint`` is a :class:`CheckpointIndex`, and the graph cannot be run.
         neutral: Returns the values of adapter inputs that make the graph the bare base, where they are not zero.
 
     Returns:
         The graph's folder.
 
     Raises:
-        ConfigError: ``logits`` is neither of the two.
+        ConfigError: ``logits`` or ``weights`` is none of those.
         UnsupportedError: The model or method cannot be exported; says why.
     """
-    prepared = prepare_graph(model, destination, adapter_name=adapter_name, checkpoint=checkpoint, logits=logits)
+    prepared = prepare_graph(
+        model, destination, adapter_name=adapter_name, checkpoint=checkpoint, logits=logits, weights=weights
+    )
     return save_graph(prepared, neutral)
 
 
@@ -66,10 +79,13 @@ def prepare_graph(
     adapter_name: str | None = None,
     checkpoint: Checkpoint | None = None,
     logits: str = "last",
+    weights: str = "linked",
 ) -> "Prepared":
     """Do what :func:`export_graph` does before it writes a file; the arguments are its own."""
     if logits not in LOGITS_CHOICES:
         raise ConfigError(f"logits must be one of {', '.join(LOGITS_CHOICES)}, not {logits!r}")
+    if weights not in WEIGHTS_CHOICES or (weights == "absent") != isinstance(checkpoint, CheckpointIndex):
+        raise ConfigError(f"weights must be one of {', '.join(WEIGHTS_CHOICES)} (absent: of an index), not {weights!r}")
     if adapter_name is not None:
         config = model.peft_config[adapter_name]  # type: ignore[index]
         refuse(config)  # type: ignore[arg-type]
@@ -80,11 +96,16 @@ def prepare_graph(
         skeleton.set_adapter(adapter_name)  # type: ignore[operator]
     lifted = lift(skeleton, adapter_name)
     base = _Base.of(model, lifted, checkpoint)
-    manifest = _describe(skeleton, lifted, adapter_name, base, logits)
+    manifest = _describe(skeleton, lifted, adapter_name, base, logits, weights)
     folder = Path(f"{destination}-{manifest.hash}")
     if is_whole(folder):
         return Prepared(folder, manifest, base, None)
-    traced = trace(skeleton, lifted, adapter_name, logits=logits)
+    try:
+        traced = trace(skeleton, lifted, adapter_name, logits=logits)
+    except UnsupportedError as e:
+        if adapter_name is None:
+            raise
+        raise UnsupportedError(f"{e} (if PEFT can merge the adapter, --merge exports the merged model)") from e
     passes: tuple[Pass, ...] = (
         FoldConstants(),
         StaticReshape(),
@@ -104,7 +125,7 @@ def save_graph(prepared: "Prepared", neutral: Callable[[], Mapping[str, np.ndarr
     if traced is None:
         return folder
     with written_aside(folder, is_whole=is_whole) as aside:
-        _write(traced, base, aside)
+        _write(traced, base, aside, copy=prepared.manifest.options.get("weights") == "written")
         if neutral is not None and traced.adapter and (values := neutral()):
             save_file(dict(values), str(aside / NEUTRAL_FILE))
         files = {
@@ -198,8 +219,9 @@ def _describe(
     skeleton: nn.Module,
     lifted: Lifted,
     adapter_name: str | None,
-    weights: _Base,
+    origin: _Base,
     logits: str,
+    weights: str,
 ) -> Manifest:
     """Return the manifest without states and files; its hash covers everything that shapes the graph."""
     config = inner_model(skeleton).config
@@ -207,11 +229,13 @@ def _describe(
     base = {
         "architecture": type(inner_model(skeleton)).__name__,
         "config": _config_dict(config),
-        "weights": weights.identity(),
+        "weights": origin.identity(),
     }
     peft_config = plain(skeleton.peft_config[adapter_name].to_dict()) if adapter_name is not None else {}  # type: ignore[union-attr, index]
     versions = {name: version(name) for name in _VERSIONED}
     shaping = [base, graph_fields(peft_config), _inputs(lifted), logits, versions]
+    if weights != "linked":
+        shaping.append(weights)
     digest = xxhash.xxh3_64_hexdigest(json.dumps(shaping, sort_keys=True).encode())
     name = str(getattr(config, "_name_or_path", ""))
     return Manifest(
@@ -224,7 +248,8 @@ def _describe(
         vocab_size=int(text.vocab_size),
         max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
         versions=versions,
-        options={"logits": logits},
+        options={"logits": logits} | ({} if weights == "linked" else {"weights": weights}),
+        absent=origin.checkpoint.shards if isinstance(origin.checkpoint, CheckpointIndex) else (),
     )
 
 
@@ -243,13 +268,14 @@ def _config_dict(config: Any) -> dict[str, Any]:
     return {k: plain(v) for k, v in config.to_dict().items() if k not in drop}
 
 
-def _write(traced: Traced, base: _Base, folder: Path) -> None:
+def _write(traced: Traced, base: _Base, folder: Path, *, copy: bool) -> None:
     """Turn base inputs into initializers and save the graph."""
     graph = traced.model.graph
     inputs = {v.name: v for v in graph.inputs}
     used = [name for name in traced.base if inputs[name].uses()]
     wanted = {n: base.aliases[n] for n in used if n not in base.buffers}
-    placed = link_weights(wanted, base.checkpoint, {n: base.memory[n] for n in wanted if n in base.memory}, folder)
+    memory = {n: base.memory[n] for n in wanted if n in base.memory}
+    placed = link_weights(wanted, base.checkpoint, memory, folder, copy=copy)
     for name in traced.base:
         graph.inputs.remove(inputs[name])
     for name in used:
@@ -266,13 +292,14 @@ def _write(traced: Traced, base: _Base, folder: Path) -> None:
 
 def _initialize(model: ir.Model, value: ir.Value, ref: TensorRef, folder: Path) -> None:
     """Make ``value`` an initializer whose bytes lie in a file of ``folder``; half precision is cast where it is read."""
-    if tuple(ref.shape) != tuple(value.shape or ()):
+    shape = tuple(value.shape or ()) if ref.shape is None else ref.shape
+    if tuple(shape) != tuple(value.shape or ()):
         raise ArtifactError(
             f"weight {value.name!r} has shape {ref.shape} in {ref.path.name}, the model needs {value.shape}"
         )
-    location = str(ref.path.name)
+    location = str(ref.path.name) if ref.shape is not None else ref.path.as_posix()
     external = ir.ExternalTensor(
-        location, ref.offset, ref.length, ref.dtype, shape=ir.Shape(ref.shape), name=value.name or "", base_dir=folder
+        location, ref.offset, ref.length, ref.dtype, shape=ir.Shape(shape), name=value.name or "", base_dir=folder
     )
     if ref.dtype != value.dtype:
         node = ir.node("Cast", [ir.Value(name=value.name)], {"to": int(value.dtype or 1)}, name=f"{value.name}/Cast")
@@ -282,6 +309,6 @@ def _initialize(model: ir.Model, value: ir.Value, ref: TensorRef, folder: Path) 
         ir.convenience.replace_all_uses_with(value, output)
         model.graph.insert_before(model.graph[0], node)
         value = stored  # type: ignore[assignment]
-        value.shape, value.type = ir.Shape(ref.shape), ir.TensorType(ref.dtype)
+        value.shape, value.type = ir.Shape(shape), ir.TensorType(ref.dtype)
     value.const_value = external
     model.graph.initializers.add(value)

@@ -5,6 +5,7 @@ Knows safetensors files; knows no model.
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,10 @@ _DTYPES = {
     "BOOL": ir.DataType.BOOL,
 }
 WRITTEN_FILE = "weights.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+ABSENT_DIR = "absent"
+"""Where a graph without weights says that they lie: there is no such folder, so no runtime can take other bytes for them."""
+WEIGHTS_CHOICES = ("linked", "written", "absent")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +43,17 @@ class TensorRef:
 
     Attributes:
         path: The file.
-        offset: First byte, from the start of the file.
-        length: Bytes.
+        offset: First byte, from the start of the file; ``None`` if the file is not there.
+        length: Bytes; ``None`` if the file is not there.
         dtype: Element type.
-        shape: Dimensions.
+        shape: Dimensions; ``None`` if the file is not there.
     """
 
     path: Path
-    offset: int
-    length: int
+    offset: int | None
+    length: int | None
     dtype: ir.DataType
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
 
 
 def read_refs(path: Path) -> dict[str, TensorRef]:
@@ -58,7 +63,10 @@ def read_refs(path: Path) -> dict[str, TensorRef]:
         ArtifactError: The file is truncated or not a safetensors file.
     """
     if not path.is_file():
-        raise ArtifactError(f"{path} is missing: the checkpoint's index names it; download the base again")
+        raise ArtifactError(
+            f"{path} is missing: the checkpoint's index names it; download the base again "
+            "(--without-weights exports a graph that cannot be run)"
+        )
     size = path.stat().st_size
     with path.open("rb") as f:
         head = f.read(8)
@@ -117,12 +125,46 @@ class Checkpoint:
         return hasher.hexdigest()
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
+        index = self.folder / INDEX_FILE
         if index.is_file():
             names = set(json.loads(index.read_text())["weight_map"].values())
             return [self.folder / name for name in sorted(names)]
         single = self.folder / "model.safetensors"
         return [single] if single.is_file() else []
+
+
+class CheckpointIndex(Checkpoint):
+    """A checkpoint known by its index alone: which shard holds which tensor, whether the shards are there or not.
+
+    Args:
+        folder: Where the index lies.
+        dtype: Type of the weights: the index does not say it, the base's configuration does.
+
+    Raises:
+        ArtifactError: There is no index, or it is none.
+    """
+
+    def __init__(self, folder: Path, dtype: torch.dtype | str) -> None:
+        self.folder = Path(folder)
+        self._records = {}
+        path = self.folder / INDEX_FILE
+        if not path.is_file():
+            raise ArtifactError(f"{path} is missing: a graph without weights is exported from it")
+        try:
+            content = json.loads(path.read_text())["weight_map"]
+            shards = {str(name): str(shard) for name, shard in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise ArtifactError(f"{path} is not an index of safetensors files: {e}") from e
+        kind = ir.DataType[str(dtype).removeprefix("torch.").upper().replace("FLOAT32", "FLOAT")]
+        self.refs = {n: TensorRef(Path(ABSENT_DIR) / shard, None, None, kind, None) for n, shard in shards.items()}
+        self.shards = tuple(sorted(set(shards.values())))
+
+    def identity(self) -> str:
+        """Return a digest of the index: it stands for the weights, which nobody has seen."""
+        hasher = xxhash.xxh3_128()
+        for name, ref in sorted(self.refs.items()):
+            hasher.update(f"{name} {ref.path.name} {ref.dtype}\n".encode())
+        return f"index-{hasher.hexdigest()}"
 
 
 def identity_of(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -156,7 +198,12 @@ def holds(checkpoint: Checkpoint, tensors: Mapping[str, torch.Tensor], aliases: 
 
 
 def link_weights(
-    wanted: Mapping[str, Iterable[str]], checkpoint: Checkpoint | None, memory: Mapping[str, torch.Tensor], folder: Path
+    wanted: Mapping[str, Iterable[str]],
+    checkpoint: Checkpoint | None,
+    memory: Mapping[str, torch.Tensor],
+    folder: Path,
+    *,
+    copy: bool = False,
 ) -> dict[str, TensorRef]:
     """Put the base's weights beside the graph, and say where each lies.
 
@@ -165,6 +212,7 @@ def link_weights(
         checkpoint: Files to link; ``None`` if the model came from memory.
         memory: Tensors that no checkpoint holds, by graph name: they are written.
         folder: The graph's folder.
+        copy: Copy the files rather than link them.
 
     Returns:
         For each name of ``wanted`` that was found: its place in a file of ``folder``.
@@ -175,9 +223,12 @@ def link_weights(
         ref = next((checkpoint.refs[a] for a in aliases if a in checkpoint.refs), None) if checkpoint else None
         if ref is None or name in memory:
             continue
+        if ref.shape is None:
+            placed[name] = ref
+            continue
         if ref.path not in linked:
             linked[ref.path] = folder / f"weights-{len(linked) + 1:05}.safetensors"
-            link_or_copy(ref.path, linked[ref.path])
+            (shutil.copyfile if copy else link_or_copy)(ref.path, linked[ref.path])
         placed[name] = TensorRef(linked[ref.path], ref.offset, ref.length, ref.dtype, ref.shape)
     rest = {n: memory[n].detach().cpu().contiguous() for n in wanted if n not in placed and n in memory}
     if rest:

@@ -190,7 +190,7 @@ class QEffAutoPeftModelForCausalLM:
         """The compiled program's folder; ``None`` before :meth:`compile`."""
         return self._program
 
-    def export(self, export_dir: str | Path | None = None, *, logits: str = "last") -> Path:
+    def export(self, export_dir: str | Path | None = None, *, logits: str = "last", weights: str = "linked") -> Path:
         """Export base and adapters to ``<export_dir>-<export_hash>/``; the graph takes the active adapter's structure.
 
         Adapters that fit the graph are written beside it (``adapters/NAME.safetensors``).
@@ -198,6 +198,7 @@ class QEffAutoPeftModelForCausalLM:
         Args:
             export_dir: Folder name without the hash; default: in the cache of exported graphs.
             logits: ``"last"``: of each row's last token; ``"all"``: of every position.
+            weights: ``"linked"``: the base's files are linked beside the graph; ``"written"``: copied.
 
         Returns:
             Path of ``model.onnx``.
@@ -207,7 +208,7 @@ class QEffAutoPeftModelForCausalLM:
         """
         active = str(self.model.active_adapter)
         destination = Path(export_dir) if export_dir is not None else self._default_destination()
-        request = (str(destination), logits, self._state_of_base())
+        request = (str(destination), logits, weights, self._state_of_base())
         if self._exported is None or self._exported.request != request or not is_whole(self._exported.folder):
             folder = export_graph(
                 self.model,
@@ -215,6 +216,7 @@ class QEffAutoPeftModelForCausalLM:
                 adapter_name=active,
                 checkpoint=self._checkpoint,
                 logits=logits,
+                weights=weights,
                 neutral=lambda: neutral_of(self.model, active),
             )
             self._exported, self._manifest = _Exported(request, folder), Manifest.read(folder)

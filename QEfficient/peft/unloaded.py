@@ -7,21 +7,28 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from QEfficient.contract import Manifest
-from QEfficient.errors import AdapterMismatchError, ConfigError
+from QEfficient.errors import AdapterMismatchError, ConfigError, UnsupportedError
 from QEfficient.export.lift import Lifted, inner_model, lift, shapes_graph
 from QEfficient.export.torch_to_onnx import export_graph
-from QEfficient.export.weights import Checkpoint
+from QEfficient.export.weights import INDEX_FILE, Checkpoint, CheckpointIndex
 from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
 from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
 from QEfficient.peft.loading import check_base, checkpoint_folder
+from QEfficient.peft.tasks import choose_task
 from QEfficient.store import cache_root
 
 
 def export_adapters(
-    base: str | Path, adapters: Mapping[str, str | Path], destination: Path | None = None, *, logits: str = "last"
+    base: str | Path,
+    adapters: Mapping[str, str | Path],
+    destination: Path | None = None,
+    *,
+    logits: str = "last",
+    weights: str = "linked",
+    tasks: Mapping[str, int] | None = None,
 ) -> Path:
     """Export a base with adapters; the graph takes the first one's structure. Return the graph's folder.
 
@@ -33,6 +40,9 @@ def export_adapters(
         adapters: Folders or Hub ids, by name.
         destination: Folder name without the hash; default: in the cache of exported graphs.
         logits: ``"last"`` or ``"all"``.
+        weights: ``"linked"``; ``"written"``: copied beside the graph; ``"absent"``: the graph is made from the base's
+            configuration and index alone, and cannot be run until it is exported again with them.
+        tasks: The task to take of adapters that hold several, by adapter.
 
     Raises:
         QEffError: As :meth:`QEffAutoPeftModelForCausalLM.from_base` and its ``export``.
@@ -41,12 +51,24 @@ def export_adapters(
     read = {check_name(name): Adapter.load(path, name) for name, path in adapters.items()}
     found = checkpoint_folder(base)
     skeleton = skeleton_of(base, read) if found is not None and read else None
-    if found is None or skeleton is None:
+    if weights != "absent" and (found is None or skeleton is None):
         loaded = QEffAutoPeftModelForCausalLM.from_base(base, adapters)
-        return loaded.export(destination, logits=logits).parent
+        for name, task in (tasks or {}).items():
+            choose_task(loaded.model, name, task)
+        return loaded.export(destination, logits=logits, weights=weights).parent
+    if found is None or skeleton is None:
+        raise UnsupportedError(
+            f"no graph without weights of base {str(base)!r}: "
+            + (f"it has no {INDEX_FILE}" if found is None else "what leaves it as it is, is computed from its weights")
+        )
+    checkpoint = _checkpoint(base, found, weights)
+    for name, task in (tasks or {}).items():
+        choose_task(skeleton, name, task)
     architecture = type(inner_model(skeleton)).__name__
     target = destination or cache_root() / architecture / architecture
-    folder = export_graph(skeleton, target, adapter_name=next(iter(read)), checkpoint=Checkpoint(found), logits=logits)
+    folder = export_graph(
+        skeleton, target, adapter_name=next(iter(read)), checkpoint=checkpoint, logits=logits, weights=weights
+    )
     manifest = Manifest.read(folder)
     for name, adapter in read.items():
         whole = Adapter(name, adapter.config, adapter.tensors, lift(skeleton, name).scalings)
@@ -56,6 +78,25 @@ def export_adapters(
             continue  # it needs a graph of its own
         write_exported(whole, folder)
     return folder
+
+
+def _checkpoint(base: str | Path, folder: Path, weights: str) -> Checkpoint:
+    if weights == "absent":
+        return CheckpointIndex(folder, read_base_config(base).dtype or torch.float32)
+    return Checkpoint(folder)
+
+
+def read_base_config(base: str | Path) -> PreTrainedConfig:
+    """Return the configuration of a base.
+
+    Raises:
+        ConfigError: There is none in that place.
+    """
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
+    return config
 
 
 def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool = True) -> PeftModel | None:
@@ -68,10 +109,7 @@ def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool
     """
     if not all(shapes_graph(adapter.config) for adapter in adapters.values()):
         return None  # virtual tokens run through the base's weights once
-    try:
-        config = AutoConfig.from_pretrained(str(base))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
+    config = read_base_config(base)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]
     model.tie_weights()

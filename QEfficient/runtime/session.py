@@ -121,6 +121,7 @@ class OrtSession:
         folder = Path(folder)
         self.folder = folder
         self.manifest = Manifest.read(folder)
+        self.manifest.require_weights(folder)
         if verify:
             verify_files(folder, self.manifest.files)
         options = onnxruntime.SessionOptions()
