@@ -104,13 +104,15 @@ class Collator:
         pad_token_id: What fills ``input_ids``.
         packed: Whether rows may hold several examples; their positions then start anew, by which
             transformers keeps them from seeing each other.
+        tasks: How many tasks the adapter holds one by one; 0 for most methods, which are told of none.
     """
 
     pad_token_id: int
     packed: bool = False
+    tasks: int = 0
 
     def __call__(self, rows: list[Any]) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``attention_mask``, ``labels`` and, if packed, ``position_ids``: each ``(B, S)`` int64."""
+        """Return ``input_ids``, ``attention_mask``, ``labels`` and, if packed, ``position_ids``: each ``(B, S)`` int64; ``task_ids`` ``(B,)``."""
         names = ("input_ids", "attention_mask", "labels", "position_ids")
         columns: dict[str, list[list[int]]] = {name: [] for name in names}
         length = max(sum(len(e.input_ids) for e in row) for row in rows)
@@ -126,7 +128,8 @@ class Collator:
             columns["position_ids"].append(positions + list(range(rest)))
         if not self.packed:
             del columns["position_ids"]
-        return {name: torch.tensor(values) for name, values in columns.items()}
+        batch = {name: torch.tensor(values) for name, values in columns.items()}
+        return batch | ({"task_ids": torch.tensor([row[0].task for row in rows])} if self.tasks else {})
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ A row is first turned into segments, each either given (a prompt, masked with :d
 Segments are tokenized apart, because a prompt is tokenized alone, too, when the model is used.
 """
 
+import dataclasses
 import json
 import random
 from array import array
@@ -16,7 +17,7 @@ from typing import Any
 import xxhash
 
 from QEfficient.errors import ConfigError
-from QEfficient.finetune.formats import Row, Segment, detect_format, read_segments
+from QEfficient.finetune.formats import Row, Segment, detect_format, read_segments, read_task
 from QEfficient.finetune.sources import read_file, read_jsonl
 from QEfficient.store import digest_file
 
@@ -26,11 +27,12 @@ IGNORED = -100
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Tokens and labels of one row, of equal length; ``cut`` if the row was longer."""
+    """Tokens and labels of one row, of equal length; ``cut`` if the row was longer; ``task`` for methods that have several."""
 
     input_ids: list[int]
     labels: list[int]
     cut: bool = False
+    task: int = 0
 
 
 def load_examples(path: Path, tokenizer: Any, *, context_length: int, data_format: str = "auto") -> list[Example]:
@@ -57,11 +59,21 @@ def to_examples(
     for where, row in rows:
         if data_format == "auto":
             data_format = detect_format(row, where)
-        segments = read_segments(row, where, tokenizer, data_format)
-        examples.append(tokenize(segments, tokenizer, context_length, chat=data_format == "messages"))
+        examples.append(to_example(row, where, tokenizer, context_length, data_format))
     if not examples:
         raise ConfigError(f"{source} holds no examples")
     return examples
+
+
+def to_example(row: Row, where: str, tokenizer: Any, context_length: int, data_format: str) -> Example:
+    """Turn one row of the named format into an example.
+
+    Raises:
+        ConfigError: It is broken.
+    """
+    segments, task = read_segments(row, where, tokenizer, data_format), read_task(row, where)
+    example = tokenize(segments, tokenizer, context_length, chat=data_format == "messages")
+    return dataclasses.replace(example, task=task) if task else example
 
 
 class StreamedExamples(Sequence[Example]):
@@ -79,6 +91,7 @@ class StreamedExamples(Sequence[Example]):
             if self._format == "auto":
                 self._format = detect_format(row, where)
             read_segments(row, where, tokenizer, self._format)
+            read_task(row, where)
             self._offsets.append(offset)
         if not self._offsets:
             raise ConfigError(f"{path} holds no examples")
@@ -91,8 +104,7 @@ class StreamedExamples(Sequence[Example]):
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
             row = json.loads(file.readline().decode("utf-8-sig"))
-        segments = read_segments(row, str(self._path), self._tokenizer, self._format)
-        return tokenize(segments, self._tokenizer, self._context_length, chat=self._format == "messages")
+        return to_example(row, str(self._path), self._tokenizer, self._context_length, self._format)
 
 
 def held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
@@ -184,6 +196,6 @@ def digest(examples: Sequence[Example]) -> str:
         return known
     hasher = xxhash.xxh3_128()
     for example in examples:
-        for values in (example.input_ids, example.labels):
+        for values in (example.input_ids, example.labels, *([[example.task]] if example.task else [])):
             hasher.update(array("q", [len(values), *values]).tobytes())
     return hasher.hexdigest()

@@ -9,6 +9,7 @@ import torch
 
 from QEfficient.finetune.batches import FILLER, ClassCollator, Collator
 from QEfficient.finetune.data import IGNORED, Example
+from QEfficient.finetune.model import tasks_of
 
 
 def score(
@@ -28,7 +29,7 @@ def evaluate(model: Any, examples: Sequence[Example], pad_token_id: int, batch_s
         The loss; NaN if nothing is learned in ``examples``.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=model.device)
-    for batch in _batches(model, examples, Collator(pad_token_id), batch_size):
+    for batch in _batches(model, examples, Collator(pad_token_id, tasks=tasks_of(model)), batch_size):
         labels = batch.pop("labels")[:, 1:]
         logits = model(**batch).logits[:, -labels.shape[1] - 1 : -1].float()
         sums[0] += torch.nn.functional.cross_entropy(

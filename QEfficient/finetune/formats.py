@@ -92,6 +92,20 @@ def read_segments(row: Row, where: str, tokenizer: Any, data_format: str) -> lis
         raise ConfigError(f"{where}: {e} (format {data_format!r})") from e
 
 
+def read_task(row: Row, where: str) -> int:
+    """Return which task a row belongs to, ``task_id``: the first one if it does not say.
+
+    Raises:
+        ConfigError: It is not a whole number.
+    """
+    task = row.get("task_id")
+    if task is None:
+        return 0
+    if not isinstance(task, int) or isinstance(task, bool) or task < 0:
+        raise ConfigError(f"{where}: 'task_id' must be 0, 1, 2, …, not {json.dumps(task, default=str)}")
+    return task
+
+
 def detect_format(row: Row, where: str) -> str:
     """Return the format whose fields ``row`` has.
 

@@ -181,6 +181,12 @@ def _continued(model: Any, folder: Path) -> Any:
     return adapted
 
 
+def tasks_of(model: Any) -> int:
+    """Return how many tasks the adapter of ``model`` holds one by one (Poly, multitask prompt tuning); 0 for most methods."""
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    return next((n for field in ("num_tasks", "n_tasks") if (n := getattr(config, field, 0))), 0)
+
+
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
     """Return how many parameters are trained, and how many there are."""
     if isinstance(model, PeftModel):

@@ -21,7 +21,7 @@ from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
 from QEfficient.finetune.data import Example, digest
 from QEfficient.finetune.evaluation import evaluate, perplexity, score
-from QEfficient.finetune.model import count_parameters
+from QEfficient.finetune.model import count_parameters, tasks_of
 from QEfficient.finetune.progress import ProgressCallback, StopCallback
 from QEfficient.finetune.summary import write_summary
 from QEfficient.finetune.trainer import AdapterTrainer, per_step
@@ -145,6 +145,21 @@ def check_packing(model: Any, rows: Rows, collator: Collator) -> None:
         )
 
 
+def check_tasks(tasks: int, examples: Sequence[Example], *, packing: bool) -> None:
+    """Refuse what a method that holds several tasks cannot be trained on.
+
+    Raises:
+        ConfigError: An example is of a task that the adapter does not have, or examples are packed.
+    """
+    if tasks and packing:
+        raise ConfigError(
+            f"a row has one task, of the adapter's {tasks}, so examples cannot share it: leave --packing out"
+        )
+    highest = max((e.task for e in examples), default=0)
+    if tasks and highest >= tasks:
+        raise ConfigError(f"an example has task_id {highest}, but the adapter has {tasks} tasks, numbered from 0")
+
+
 def _prepared(
     config: TrainConfig,
     model: Any,
@@ -157,7 +172,9 @@ def _prepared(
     """Return the trainer, and the checkpoint to go on from."""
     rows = Rows(train_set, per_step(config), context_length=config.context_length if config.packing else 0)
     pad = tokenizer.pad_token_id
-    collator = ClassCollator(pad) if classes else Collator(pad, packed=config.packing)
+    tasks = tasks_of(model)
+    check_tasks(tasks, [*train_set, *val_set] if tasks else [], packing=config.packing)
+    collator = ClassCollator(pad) if classes else Collator(pad, packed=config.packing, tasks=tasks)
     if isinstance(collator, Collator) and collator.packed:
         check_packing(model, rows, collator)
     root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))

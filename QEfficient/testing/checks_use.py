@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from QEfficient.contract import BASE
+from QEfficient.peft.tasks import tasks_of
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
 from QEfficient.testing.reference import Reference
@@ -23,6 +24,8 @@ _PLAIN = ("use_dora", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern"
 
 def _ask_generate(reference: Reference, subject: str) -> Finding:
     row = reference.short
+    holds_tasks = subject != BASE and tasks_of(reference.model.peft_config[subject])
+    task: dict[str, Any] = {"task_ids": torch.zeros(1, dtype=torch.int64)} if holds_tasks else {}
     with reference.selected(subject) as model, torch.no_grad():
         made = model.generate(
             input_ids=torch.from_numpy(row)[None],
@@ -31,6 +34,7 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
             do_sample=False,
             num_beams=1,
             pad_token_id=0,
+            **task,
         )
     new = made[0].numpy()[len(row) :]
     if not len(new):

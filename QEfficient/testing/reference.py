@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from QEfficient.contract import BASE
 from QEfficient.errors import AdapterMismatchError
+from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.testing.known import explain
 from QEfficient.testing.workload import Tokens, Workload
 
@@ -66,6 +67,8 @@ class Reference:
             first = str(e).strip().splitlines()[0]
             raise AdapterMismatchError(f"adapter {name!r} ({path}) does not fit the base: {first}") from e
         self.model.eval()
+        if tasks_of(self.model.peft_config[name]):  # PEFT asks for one at every call: the first is tested
+            choose_task(self.model, name, 0)
         self._disabled = []
         self.paths[name] = path
         self.alone[name] = self.logits(name, self.short)
