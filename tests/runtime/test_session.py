@@ -74,6 +74,17 @@ def test_prefill_continues(tiny, session):
     _assert_logits(tiny, logits, [np.append(r, m) for r, m in zip(rows, more, strict=True)])
 
 
+def test_large_pages_change_no_bit(tiny):
+    """Weights on large pages are the same weights."""
+    rows = _rows_of(5, 9)
+    logits = []
+    for large in (False, True):
+        session = OrtSession(tiny.program, threads=1, large_pages=large)
+        session.allocate(2, 16)
+        logits.append(prefill(session, rows, chunk_len=8))
+    assert np.array_equal(*logits)
+
+
 def test_context_may_be_filled_to_the_last_position(tiny, session):
     """A cache of n positions takes n tokens, and says which row does not fit with n + 1."""
     rows = _rows_of(12, 7)
