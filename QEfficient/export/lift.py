@@ -29,12 +29,18 @@ TASKS = "qeff_tasks"
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}
 
 # Fields of a PeftConfig that leave no trace in the graph: they act in training, or through tensors and scalings.
-# Everything else does, so a field unknown to us costs a second export at worst, never a wrong graph.
+# Everything else does, so a field unknown to us costs a second export at worst, never a wrong graph. So does no dropout.
 NOT_IN_GRAPH = frozenset(
     "alpha alpha_pattern auto_mapping base_model_name_or_path corda_config eva_config exclude_modules fan_in_fan_out inference_mode "
-    "init_lora_weights init_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout lora_ga_config "
-    "module_dropout modules_to_save r rank_dropout rank_pattern revision runtime_config target_modules task_type "
-    "peft_version use_rslora ensure_weight_tying".split()
+    "init_lora_weights init_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_ga_config "
+    "modules_to_save r rank_pattern revision runtime_config target_modules task_type "
+    "peft_version use_rslora ensure_weight_tying "
+    # IA3: which side of a module is scaled shows in its tensor's shape
+    "feedforward_modules init_ia3_weights "
+    # projections that are drawn from a key are inputs, saved or not
+    "d_initial projection_prng_key save_projection "
+    # AdaLoRA's schedule
+    "beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step".split()
 )
 
 
@@ -193,7 +199,7 @@ def base_name(path: str) -> str:
 
 def graph_fields(peft_config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a PeftConfig (as a dict) that can shape the graph, JSON-ready, without empty ones."""
-    fields = {k: v for k, v in peft_config.items() if k not in NOT_IN_GRAPH}
+    fields = {k: v for k, v in peft_config.items() if k not in NOT_IN_GRAPH and "dropout" not in k}
     return {k: plain(v) for k, v in sorted(fields.items()) if v not in (None, False, [], {}, set())}
 
 

@@ -227,7 +227,7 @@ def read_exported(path: Path) -> Adapter:
 
 def _check_structure(adapter: Adapter, manifest: Manifest) -> None:
     ours, theirs = graph_fields(plain(adapter.config.to_dict())), graph_fields(manifest.peft_config)
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in sorted(ours.keys() | theirs.keys(), key=lambda k: (k != "peft_type", k)):
         if ours.get(key) != theirs.get(key):
             raise AdapterMismatchError(
                 f"adapter {adapter.name!r} does not fit the graph: {key} is {ours.get(key)!r}, exported with "
@@ -260,7 +260,7 @@ def _fit_tensor(adapter: str, spec: AdapterSpec, array: np.ndarray | None, rank:
     if not fits:
         raise AdapterMismatchError(
             f"adapter {adapter!r} does not fit the graph: {spec.name} has shape {list(array.shape)}, "
-            f"the graph takes {list(spec.shape)}. Was it trained on another base?"
+            f"the graph takes {list(spec.shape)}. Was it trained on another base? If not, export again with {adapter!r} active."
         )
     padding = [(0, want - have) for want, have in zip(shape, array.shape, strict=True)]
     padded = np.pad(array, padding) if any(p != (0, 0) for p in padding) else array
