@@ -129,7 +129,7 @@ class Learning(_Replaced):
     """Run only the first layer of each kind that is called in one way: the template.
 
     The others return, and write to the cache, what their template did. A template that writes to the cache in another
-    way than at its own index is none: layers like it are traced in full.
+    way than at its own index is none: layers like it are traced in full. So are all layers of a model that calls one twice.
 
     Attributes:
         followers: The layers that follow a template, and which.
@@ -141,11 +141,17 @@ class Learning(_Replaced):
         self.followers: list[tuple[Layer, Layer]] = []
         self._templates: dict[Any, tuple[Layer, Any]] = {}
         self._kept: list[Any] = []  # arguments are told apart by identity, so they have to live
+        self._called: set[str] = set()
+        self._twice = False
 
     def run(self, layer: Layer, forward: Callable[..., Any], leaves: list[Any], spec: Any) -> Any:
         """Run a template, or repeat what it returned."""
         way = (layer.kind, str(spec), *(_signature(leaf) for leaf in leaves))
-        if way in self._templates:
+        if layer.path in self._called:
+            self._twice = True
+            self.followers.clear()
+        self._called.add(layer.path)
+        if way in self._templates and not self._twice:
             template, result = self._templates[way]
             self.followers.append((layer, template))
             self.cache.shapes[layer.index] = self.cache.shapes[template.index]
@@ -199,16 +205,17 @@ def _replace(leaves: list[Any], tensors: list[Tensor]) -> list[Any]:
 
 
 def _emit(op: str, layer: Layer, template: Layer, inputs: list[Tensor], like: list[Tensor]) -> list[Tensor]:
-    return list(
-        torch.onnx.ops.symbolic_multi_out(
-            f"{DOMAIN}::{op}",
-            inputs,
-            {"template": template.path, "path": layer.path},
-            dtypes=[t.dtype for t in like],
-            shapes=[t.shape for t in like],
-            version=1,
-        )
+    """Emit an operator of :data:`DOMAIN`; complex tensors pass it as pairs, for ONNX has none."""
+    pairs = [torch.view_as_real(t) if t.is_complex() else t for t in like]
+    made = torch.onnx.ops.symbolic_multi_out(
+        f"{DOMAIN}::{op}",
+        [torch.view_as_real(t) if t.is_complex() else t for t in inputs],
+        {"template": template.path, "path": layer.path},
+        dtypes=[t.dtype for t in pairs],
+        shapes=[t.shape for t in pairs],
+        version=1,
     )
+    return [torch.view_as_complex(new) if old.is_complex() else new for new, old in zip(made, like, strict=True)]
 
 
 def stamp(model: ir.Model, own: Mapping[str, Mapping[str, str]]) -> None:

@@ -6,7 +6,6 @@ the base's tensors turn into initializers, and the adapter's stay inputs. No PEF
 dynamic rank is.
 """
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,7 +164,7 @@ def lift(model: nn.Module, adapter_name: str | None) -> Lifted:
         elif owner is not None:
             continue  # another adapter's
         else:
-            name, group = base_name(path), lifted.base
+            name, group = base_name(path, inner), lifted.base
         names[key] = lifted.sites[path] = name
         group[name] = tensor
     if adapter_name is not None:
@@ -192,9 +191,22 @@ def adapter_of(inner: nn.Module, path: str, adapters: Collection[str]) -> str | 
     return None
 
 
-def base_name(path: str) -> str:
-    """Return the base's own name of a tensor that PEFT has wrapped: its name in the checkpoint."""
-    return re.sub(r"\.(base_layer|original_module)(?=\.)", "", path)
+def base_name(path: str, inner: nn.Module) -> str:
+    """Return the base's own name of a tensor that PEFT has wrapped: its name in the checkpoint.
+
+    PEFT's wrappers keep what they wrap as ``base_layer`` or ``original_module``; one of whole modules, as ``model``.
+    """
+    *parts, last = path.split(".")
+    kept = []
+    for position, part in enumerate(parts):
+        if part in {"base_layer", "original_module"} and position:
+            continue
+        if part == "model" and position:
+            parent = inner.get_submodule(".".join(parts[:position]))
+            if type(parent).__module__.startswith("peft."):
+                continue
+        kept.append(part)
+    return ".".join([*kept, last])
 
 
 def graph_fields(peft_config: dict[str, Any]) -> dict[str, Any]:

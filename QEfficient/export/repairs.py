@@ -70,6 +70,15 @@ def unsqueeze(tensor: Tensor, dim: int) -> Tensor:
     return torch.view_as_complex(torch.view_as_real(tensor).unsqueeze(dim if dim >= 0 else dim - 1))
 
 
+def getitem(tensor: Tensor, index: Any) -> Tensor:
+    """Return ``tensor[index]``, of a complex tensor by way of its two parts."""
+    if not tensor.is_complex():
+        return tensor[index]
+    parts = index if isinstance(index, tuple) else (index,)
+    behind = (slice(None),) if any(part is Ellipsis for part in parts) else ()
+    return torch.view_as_complex(torch.view_as_real(tensor)[(*parts, *behind)])
+
+
 def fft(signal: Tensor, *, sign: int = -1) -> Tensor:
     """Return the discrete Fourier transform over the last dimension, complex, as products with cosines and sines.
 
@@ -144,6 +153,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
     torch.Tensor.view: view,
     torch.Tensor.unsqueeze: unsqueeze,
     torch.unsqueeze: unsqueeze,
+    torch.Tensor.__getitem__: getitem,
     torch.Tensor.bmm: torch.matmul,  # one matrix for all rows will do
     torch.bmm: torch.matmul,
     # What is sparse is traced dense.

@@ -6,6 +6,7 @@ Export may change a skeleton as it likes: the model it was made from is never to
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,39 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     skeleton: nn.Module = copy.deepcopy(model, memo)
     for name, module in beside(skeleton).items():
         inner_model(skeleton).add_module(name, module)  # so that everything that is traced hangs on one module
+    for module in skeleton.modules():
+        _keep_frequencies(module)
     return skeleton.eval()
+
+
+def longest_context(text_config: Any) -> int:
+    """Return the longest context at which a model computes the same for every row of a batch; 0 if there is no limit.
+
+    Rotary frequencies of the type ``longrope`` change for the whole batch, and not for what the cache holds already, as
+    soon as its longest row is longer than the model was trained with at first.
+    """
+    longest = int(getattr(text_config, "max_position_embeddings", 0) or 0)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    ends = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]
+    return min([n for n in (longest, *ends) if n], default=0)
+
+
+def _keep_frequencies(module: nn.Module) -> None:
+    """Have a rotary embedding stay with the frequencies that it has up to :func:`longest_context`.
+
+    transformers updates those of some types at every call, and keeps the last ones.
+    """
+    kinds = getattr(module, "rope_type", None)
+    for layer, kind in kinds.items() if isinstance(kinds, dict) else [("", kinds)]:
+        if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+            continue
+        prefix = f"{layer}_" if layer else ""
+        setattr(module, f"{prefix}inv_freq", getattr(module, f"{prefix}original_inv_freq"))
+        if isinstance(kinds, dict):
+            kinds[layer] = "default"
+        else:
+            module.rope_type = "default"  # type: ignore[assignment]
 
 
 def _plain(buffer: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
 from QEfficient.errors import ArtifactError, ConfigError, UnsupportedError
 from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, refuse, shapes_graph
-from QEfficient.export.skeleton import skeleton_of
+from QEfficient.export.skeleton import longest_context, skeleton_of
 from QEfficient.export.trace import Traced, trace
 from QEfficient.export.transforms import FoldConstants, NameNodes, Pass, RetainAdapter, StaticReshape
 from QEfficient.export.weights import (
@@ -174,7 +174,7 @@ class _Base:
         paths: dict[str, str] = {}
         for path, name in lifted.sites.items():
             if name in aliases:
-                aliases[name].append(base_name(path))
+                aliases[name].append(base_name(path, inner))
                 paths.setdefault(name, path)
         in_files = checkpoint.refs if checkpoint else {}
         buffers = {
@@ -246,7 +246,7 @@ def _describe(
         adapter=(),
         logits=logits,
         vocab_size=int(text.vocab_size),
-        max_positions=int(getattr(text, "max_position_embeddings", 0) or 0),
+        max_positions=longest_context(text),
         versions=versions,
         options={"logits": logits} | ({} if weights == "linked" else {"weights": weights}),
         absent=origin.checkpoint.shards if isinstance(origin.checkpoint, CheckpointIndex) else (),

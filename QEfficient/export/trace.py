@@ -2,6 +2,7 @@
 """Tracing: from a skeleton to an ONNX graph that has the contract's names."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from QEfficient.export.lift import Lifted, inner_model
 from QEfficient.export.program import Fakes, Program, learn
 
 _SHORTEST_LIMIT = 16
+_FROM_DATA = re.compile(r"\bu\d+\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +127,10 @@ def _order_ends(model: ir.Model, inputs: list[str], states: tuple[StateSpec, ...
 
 
 def _name_dimensions(model: ir.Model, states: tuple[StateSpec, ...], adapter: tuple[AdapterSpec, ...]) -> None:
-    """Give symbolic dimensions the contract's names, in place of the tracer's ``s77``."""
+    """Give symbolic dimensions the contract's names, in place of the tracer's ``s77``.
+
+    Sizes that depend on data (``u0``: how many tokens an expert gets) stay without a name: a stamped layer has its own.
+    """
     inputs = {v.name: v for v in model.graph.inputs}
     known: dict[Any, str] = {}
 
@@ -147,7 +152,7 @@ def _name_dimensions(model: ir.Model, states: tuple[StateSpec, ...], adapter: tu
     for value in values:
         if value.shape is not None:
             dims = [known.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
-            value.shape = ir.Shape(dims)
+            value.shape = ir.Shape([None if _FROM_DATA.search(str(d)) else d for d in dims])
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def _reshape_target(node: ir.Node) -> list[int] | None:
         return None
     target = []
     for axis, size in enumerate(made.shape):
-        same = axis < len(source.shape) and isinstance(size, ir.SymbolicDim) and source.shape[axis] == size
+        named = isinstance(size, ir.SymbolicDim) and size.value is not None
+        same = named and axis < len(source.shape) and source.shape[axis] == size
         target.append(size if isinstance(size, int) else 0 if same else -1)
     return None if target.count(-1) > 1 else target
 

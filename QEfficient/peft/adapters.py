@@ -7,6 +7,7 @@ Dropout, initialisation or the recorded base path say nothing about it.
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ class Adapter:
             raise AdapterNotFoundError(f"no adapter {name!r}; there are: {', '.join(model.peft_config) or 'none'}")
         if not shapes_graph(model.peft_config[name]):
             return cls(name, model.peft_config[name], first_entries(model, name), {})
-        lifted = lift(model, name)
+        # A method that swaps whole modules keeps only those of the active adapter in the model.
+        swapped_in = getattr(model.base_model, "_temporarily_active", lambda _: nullcontext())
+        with swapped_in(name):
+            lifted = lift(model, name)
         return cls(name, model.peft_config[name], {n: to_numpy(t) for n, t in lifted.adapter.items()}, lifted.scalings)
 
     @classmethod

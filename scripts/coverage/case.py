@@ -9,7 +9,7 @@ import ast
 import inspect
 import tempfile
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,55 +50,62 @@ def run_architecture(model_type: str, **fields: Any) -> dict[str, Any]:
         return tiny_model(model_type, **fields)
 
     try:
-        own = sorted({path.rsplit(".", 1)[-1] for path, module in base().named_modules() if _returns_more(module)})
+        linear = [(path.rsplit(".", 1)[-1], m) for path, m in base().named_modules() if isinstance(m, torch.nn.Linear)]
+        own = sorted({name for name, module in linear if _returns_more(module)})
     except Exception as e:
         return {"outcome": "no tiny model", "reason": _said(e)}
-    skipped: dict[str, Any] = (
-        {"exclude_modules": own} if own else {}
-    )  # PEFT's layer cannot run these, in PyTorch either
+    # PEFT's layer cannot run these, in PyTorch either.
+    skipped: dict[str, Any] = {"exclude_modules": own} if own else {}
 
     def adapter(**changed: Any) -> LoraConfig:
         return lora(**skipped, **changed)
 
-    found = compare(base, adapter, lambda: adapter(r=2, lora_alpha=32), lambda: adapter(lora_alpha=32)) | skipped
+    seconds = [{"r": 2, "lora_alpha": 32}, {"lora_alpha": 32}]  # where LoRA stacks experts, the rank is fixed
+    found = compare(base, adapter, seconds) | skipped
     if "incompatible with Mamba" in found.get("reason", ""):  # PEFT names what it does not take
         skipped = {"exclude_modules": ["out_proj", "conv1d"]}
-        found = compare(base, lambda: lora(**skipped), lambda: lora(r=2, lora_alpha=32, **skipped)) | skipped
-    if "AdapterMismatchError" in found.get(
-        "reason", ""
-    ):  # LoRA on stacked experts: the rank is no dimension of its own
-        found = compare(base, adapter, lambda: adapter(lora_alpha=32)) | skipped | {"rank": "fixed"}
+        found = compare(base, adapter, seconds) | skipped
+    elif found["outcome"] == "no adapter" and (
+        own := sorted({n for n, m in linear if type(m).forward is not torch.nn.Linear.forward})
+    ):
+        skipped = {"exclude_modules": own}
+        found = compare(base, adapter, seconds) | skipped
     return found
 
 
 def run_varied(model_type: str, seed: int) -> dict[str, Any]:
     """Compare a held-out configuration of a type; return the outcome and the fields that were set otherwise."""
     fields = variation(model_type, seed)
-    return {"fields": fields} | run_architecture(model_type, **fields)
+    for left in ((), ("rope_parameters",), ("num_attention_heads", "num_key_value_heads", "head_dim")):
+        fields = {name: value for name, value in fields.items() if name not in left}
+        found = run_architecture(model_type, **fields)
+        if found["outcome"] != "no tiny model":  # transformers takes the fields together
+            break
+    return {"fields": fields} | found
 
 
 def _returns_more(module: torch.nn.Module) -> bool:
     """Return whether ``module`` is a linear layer whose own ``forward`` returns several things, as some routers do."""
     own = type(module).forward
-    if not isinstance(module, torch.nn.Linear) or own is torch.nn.Linear.forward:
+    if own is torch.nn.Linear.forward:
         return False
     tree = ast.parse(textwrap.dedent(inspect.getsource(own)))
     return any(isinstance(node.value, ast.Tuple) for node in ast.walk(tree) if isinstance(node, ast.Return))
 
 
 def compare(
-    base: Callable[[], PreTrainedModel],
-    first: Callable[[], PeftConfig],
-    second: Callable[[], PeftConfig],
-    otherwise: Callable[[], PeftConfig] | None = None,
+    base: Callable[[], PreTrainedModel], config: Callable[..., PeftConfig], seconds: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Export one adapter of a base; hold the graph with it, with a second adapter and with none against PyTorch.
 
     Args:
         base: Makes the same base at every call.
-        first: Makes the configuration of the adapter that is exported.
-        second: Makes the configuration of the adapter that is fed to the same graph afterwards.
-        otherwise: The second one's if the first does not fit: where LoRA stacks experts, rank is no dimension of its own.
+        config: Makes the adapter's configuration, with fields replaced.
+        seconds: Fields in which the second adapter differs, the most different one first: the first that fits the graph
+            is fed to it. One that differs in nothing always fits.
+
+    Returns:
+        The outcome, JSON-ready; ``second`` says in what the second adapter differs, ``misfit`` why not in more.
     """
     onnxruntime.set_default_logger_severity(4)
     try:
@@ -107,31 +114,26 @@ def compare(
     except Exception as e:
         return {"outcome": "no tiny model", "reason": _said(e)}
     try:
-        models = [trained(base, config(), seed) for seed, config in enumerate((first, second), 1)]
+        model = trained(base, config(), 1)
+        adapted = reference(model)
     except Exception as e:
         return {"outcome": "no adapter", "reason": _said(e)}
-    if getattr(first(), "layer_replication", None):  # the adapter's configuration makes a base of its own
-        with models[0].disable_adapter():
-            bare = reference(models[0])
+    if getattr(config(), "layer_replication", None):  # the adapter's configuration makes a base of its own
+        with model.disable_adapter():
+            bare = reference(model)
     with tempfile.TemporaryDirectory() as scratch:
         try:
             folder = export_graph(
-                models[0], Path(scratch) / "graph", adapter_name="a", neutral=lambda: neutral_of(models[0], "a")
+                model, Path(scratch) / "graph", adapter_name="a", neutral=lambda: neutral_of(model, "a")
             )
         except UnsupportedError as e:
             return {"outcome": "refused", "reason": str(e)}
         session = OrtSession(folder, threads=1)
         manifest, neutral = Manifest.read(folder), neutral_tensors(folder)
-        session.load_adapter("first", fit(Adapter.from_model(models[0], "a"), manifest, neutral))
-        try:
-            fitted = fit(Adapter.from_model(models[1], "a"), manifest, neutral)
-        except AdapterMismatchError:
-            if otherwise is None:
-                raise
-            models[1] = trained(base, otherwise(), 2)
-            fitted = fit(Adapter.from_model(models[1], "a"), manifest, neutral)
+        session.load_adapter("first", fit(Adapter.from_model(model, "a"), manifest, neutral))
+        other, fitted, swap = _second(base, config, seconds, lambda a: fit(a, manifest, neutral))
         session.load_adapter("second", fitted)
-        wants = {"first": reference(models[0]), "second": reference(models[1]), BASE: bare}
+        wants = {"first": adapted, "second": reference(other), BASE: bare}
         errors = {
             f"{adapter}, {way}": difference(session, adapter, wants[adapter], way)
             for adapter in wants
@@ -140,8 +142,29 @@ def compare(
     worst = max(errors, key=lambda k: np.inf if np.isnan(errors[k]) else errors[k])
     effect = max(float(np.abs(a - b).max()) for a, b in zip(wants["first"], bare, strict=True))
     right = errors[worst] < TOLERANCE
-    found = {"outcome": "pass" if right else "wrong", "error": errors[worst], "worst": worst, "effect": effect}
+    found = {"outcome": "pass" if right else "wrong", "error": errors[worst], "worst": worst, "effect": effect} | swap
     return found if right else found | {"reason": f"{worst}: {errors[worst]:.1e} of the logits' range"}
+
+
+def _second(
+    base: Callable[[], PreTrainedModel],
+    config: Callable[..., PeftConfig],
+    seconds: Sequence[Mapping[str, Any]],
+    fitted: Callable[[Adapter], dict[str, Array]],
+) -> tuple[PeftModel, dict[str, Array], dict[str, Any]]:
+    """Return the first second adapter that fits: its model, its inputs, and in what it differs."""
+    misfit = {}
+    for fields in (*seconds, {}):
+        try:
+            model = trained(base, config(**fields), 2)
+        except Exception as e:  # PEFT itself does not take these fields together
+            misfit = misfit or {"misfit": _said(e)}
+            continue
+        try:
+            return model, fitted(Adapter.from_model(model, "a")), {"second": dict(fields), **misfit}
+        except AdapterMismatchError as e:
+            misfit = misfit or {"misfit": str(e)}
+    raise AdapterMismatchError(f"an adapter of the same configuration does not fit: {misfit['misfit']}")
 
 
 def trained(base: Callable[[], PreTrainedModel], config: PeftConfig, seed: int) -> PeftModel:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Every PEFT method and every variant of LoRA, as a configuration for a tiny Llama."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ import peft
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from QEfficient.errors import UnsupportedError
+from QEfficient.export.lift import refuse
 from scripts.coverage.case import compare, lora
-from scripts.coverage.shrink import tiny_model
+from scripts.coverage.shrink import HIDDEN, tiny_model
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -70,35 +73,68 @@ _VARIANTS: dict[str, dict[str, Any]] = {
 _BASES = {"LoRA target_parameters": "mixtral"}
 
 
-def _configurations() -> dict[str, Callable[[], PeftConfig]]:
-    found: dict[str, Callable[[], PeftConfig]] = {}
+def _configurations() -> dict[str, Callable[..., PeftConfig]]:
+    found: dict[str, Callable[..., PeftConfig]] = {}
     for name, fields in _VARIANTS.items():
-        found[name] = lambda fields=fields: lora(**{"target_modules": TARGETS, **fields})
-    found["OFT without Cayley-Neumann"] = lambda: peft.OFTConfig(
-        oft_block_size=16, r=0, use_cayley_neumann=False, target_modules=TARGETS, task_type="CAUSAL_LM"
+        found[name] = functools.partial(lora, **{"target_modules": TARGETS, **fields})
+    found["OFT without Cayley-Neumann"] = functools.partial(
+        peft.OFTConfig,
+        oft_block_size=16,
+        r=0,
+        use_cayley_neumann=False,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
     )
-    found["MiSS bat"] = lambda: peft.MissConfig(
-        r=4, init_weights="bat", target_modules=["q_proj"], task_type="CAUSAL_LM"
+    found["MiSS bat"] = functools.partial(
+        peft.MissConfig, r=4, init_weights="bat", target_modules=["q_proj"], task_type="CAUSAL_LM"
     )
     for kind, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items():
         if kind not in {PeftType.LORA, PeftType.XLORA}:
-            found[kind.value] = lambda cls=cls, kind=kind: _configuration(cls, kind.value)
+            found[kind.value] = functools.partial(_configuration, cls, kind.value)
     return found
 
 
-def _configuration(cls: type[PeftConfig], kind: str) -> PeftConfig:
+def _configuration(cls: type[PeftConfig], kind: str, **changed: Any) -> PeftConfig:
     fields: dict[str, Any] = {"task_type": "CAUSAL_LM"}
     if "target_modules" in inspect.signature(cls).parameters:
         fields["target_modules"] = TARGETS
     wanted = fields | _FIELDS.get(kind, {})
     if kind == PeftType.LN_TUNING.value:
         wanted.pop("target_modules")
-    return cls(**{k: v for k, v in wanted.items() if v is not None})
+    return cls(**{k: v for k, v in (wanted | changed).items() if v is not None})
 
 
 METHODS = _configurations()
+REFUSED: dict[str, Callable[..., PeftConfig]] = {
+    "XLORA": functools.partial(peft.XLoraConfig, task_type="CAUSAL_LM", hidden_size=HIDDEN, adapters={"0": "adapter"}),
+    "LoRA aLoRA": functools.partial(lora, alora_invocation_tokens=[5]),
+    "LoRA Arrow": functools.partial(lora, arrow_config=peft.ArrowConfig()),
+}
+"""What cannot become inputs of a graph."""
+
+
+def other_fields(config: PeftConfig) -> list[dict[str, Any]]:
+    """Return fields in which a second adapter can differ from one of ``config``, the most different set first."""
+    given = vars(config)
+    changes: dict[str, Any] = {}
+    rank = next((n for n in ("r", "num_virtual_tokens") if isinstance(given.get(n), int) and given[n] > 1), None)
+    if rank is not None:
+        changes[rank] = given[rank] // 2
+    if isinstance(targets := given.get("target_modules"), set) and len(targets) > 1:
+        changes["target_modules"] = sorted(targets)[:-1]
+    changes |= {n: given[n] * 4 for n in ("alpha", "lora_alpha") if isinstance(given.get(n), int | float)}
+    changes |= {n: {} for n in ("rank_pattern", "alpha_pattern") if given.get(n)}
+    changes |= {n: None for n in ("modules_to_save",) if given.get(n)}
+    sets = [{n: v for n, v in changes.items() if n not in left} for left in ((), (rank,), ("target_modules",))]
+    sets += [{n: v for n, v in changes.items() if n not in (rank, "target_modules")}]
+    return [fields for n, fields in enumerate(sets) if fields and fields not in sets[:n]]
 
 
 def run_method(name: str) -> dict[str, Any]:
     """Compare a method on a tiny model; return the outcome, JSON-ready."""
-    return compare(lambda: tiny_model(_BASES.get(name, "llama")), METHODS[name], METHODS[name])
+    config = METHODS.get(name) or REFUSED[name]
+    try:
+        refuse(config())
+    except UnsupportedError as e:
+        return {"outcome": "refused", "reason": str(e)}
+    return compare(lambda: tiny_model(_BASES.get(name, "llama")), config, other_fields(config()))

@@ -21,6 +21,7 @@ SAMPLE = {
     "mixtral": "experts with LoRA on their stacked weights",
     "qwen3_next": "recurrent state beside keys and values",
     "jamba": "state space layers",
+    "jetmoe": "sizes that depend on data, in a layer that is stamped",
 }
 
 

@@ -30,8 +30,8 @@ from peft import (
 
 from QEfficient import QEffAutoPeftModelForCausalLM
 from QEfficient.contract import Manifest
-from QEfficient.errors import UnsupportedError
-from QEfficient.export.lift import refuse
+from QEfficient.errors import AdapterMismatchError, UnsupportedError
+from QEfficient.export.lift import lift, refuse
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
 from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.runtime.prefill import prefill
@@ -133,3 +133,31 @@ def test_mixtures_of_adapters_are_refused(config: PeftConfig, reason: str) -> No
     """A configuration that says that an adapter is made of others is refused by itself."""
     with pytest.raises(UnsupportedError, match=reason):
         refuse(config)
+
+
+def test_inactive_adapter_is_read_too() -> None:
+    """PEFT takes the modules of an inactive adaption prompt out of the model; its tensors are found all the same."""
+    config = CONFIGS["adaption_prompt"]
+    model = get_peft_model(make_base("llama"), copy.deepcopy(config), adapter_name="a")
+    model.add_adapter("b", copy.deepcopy(config))
+    read = {name: Adapter.from_model(model, name).tensors for name in ("a", "b")}
+    assert read["a"].keys() == read["b"].keys() != set()
+    assert model.active_adapter == "a"
+
+
+@pytest.mark.parametrize("method", ["adaption_prompt", "shadow", "dora", "modules_to_save"])
+def test_base_keeps_its_names(method: str) -> None:
+    """Whatever PEFT wraps a base in, its tensors have their names in the checkpoint, so that they are linked."""
+    bare = make_base("llama")
+    model = get_peft_model(make_base("llama"), copy.deepcopy(CONFIGS[method]), adapter_name="a")
+    own = {n for n, _ in (*bare.named_parameters(), *bare.named_buffers())}
+    assert set(lift(model, "a").base) == own
+
+
+def test_a_number_that_is_no_input_must_be_equal(tmp_path: Path) -> None:
+    """SHADOW's alpha is a number inside its forward: an adapter with another one does not fit the graph."""
+    config = ShadowConfig(task_type="CAUSAL_LM", r=4, shadow_alpha=0.1).to_dict()
+    manifest = Manifest("", {}, config, (), (), "last", VOCAB, 0, {}, {})
+    other = Adapter("other", ShadowConfig(task_type="CAUSAL_LM", r=4, shadow_alpha=0.3), {}, {})
+    with pytest.raises(AdapterMismatchError, match=r"shadow_alpha is 0.3, exported with 0.1"):
+        fit(other, manifest)
