@@ -43,13 +43,16 @@ class Options:
     receive_seconds: int = option(30, "How long a client may take to send headers, and again a body.")
     grace_seconds: int = option(30, "How long a shutdown waits for running requests.")
     log_prompts: bool = option(False, "Write prompts into the log.")
+    engine: str = option("local", "local: in this process; ray: replicas on Ray Serve.", choices=["local", "ray"])
+    replicas: int = option(2, "Engines, with --engine ray.")
+    ray_address: str = option("", "Ray cluster to deploy on; default: one on this machine.", metavar="ADDRESS")
 
 
 def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parse(Options, argv, prog="qefficient serve")
     adapters = parse_adapters(options.adapter)
-    for name in ("slots", "queue_len", "ctx_len", "adapter_memory_mb", "max_body_mb", "max_new_tokens"):
+    for name in ("slots", "queue_len", "ctx_len", "adapter_memory_mb", "max_body_mb", "max_new_tokens", "replicas"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     try:
@@ -79,6 +82,13 @@ def command(argv: Sequence[str]) -> int:
         ),
         "log_prompts": options.log_prompts,
     }
+    if options.engine == "ray":
+        from QEfficient.serve.cluster import application, serve_cluster
+
+        start.need_keys(settings["keys"], options.host)
+        app = application(options.base, adapters, settings, replicas=options.replicas)
+        serve_cluster(app, host=options.host, port=options.port, address=options.ray_address or None)
+        return 0
     start.serve(start.build(options.base, adapters, **settings), host=options.host, port=options.port)
     return 0
 

@@ -26,8 +26,13 @@ PAGE = Path(__file__).with_name("page.html")
 _REFUSED = (400, 401, 403, 404, 408, 413, 422, 429, 503)
 
 
-def create_app(server: Server) -> FastAPI:
-    """Return the application of ``server``; its end closes the server."""
+def create_app(server: Server, *, door: bool = True) -> FastAPI:
+    """Return the application of ``server``; its end closes the server.
+
+    Args:
+        server: What answers.
+        door: Look at keys and sizes; without, somebody in front has done so.
+    """
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -45,7 +50,8 @@ def create_app(server: Server) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(Exception, _answer_error)
-    app.add_middleware(Door, keys=server.keys, limits=server.limits)
+    if door:
+        app.add_middleware(Door, keys=server.keys, limits=server.limits)
     return app
 
 

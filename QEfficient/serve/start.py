@@ -16,6 +16,7 @@ from QEfficient.errors import ConfigError
 from QEfficient.runtime.engine import Engine
 from QEfficient.serve.access import HEADER_BYTES, protocol
 from QEfficient.serve.app import create_app
+from QEfficient.serve.config import Keys
 from QEfficient.serve.loading import Loader, graph_for
 from QEfficient.serve.logs import log
 from QEfficient.serve.registry import Registry
@@ -83,8 +84,7 @@ def serve(server: Server, *, host: str, port: int) -> None:
     Raises:
         ConfigError: Nobody needs a key, and the address is not this machine's own.
     """
-    if not server.keys.known and host not in {"127.0.0.1", "::1", "localhost"}:
-        raise ConfigError(f"without API keys the server only listens to this machine, not {host}: give --api-keys FILE")
+    need_keys(server.keys, host)
     limits = server.limits
     config = uvicorn.Config(
         create_app(server),
@@ -101,6 +101,16 @@ def serve(server: Server, *, host: str, port: int) -> None:
         server_header=False,
     )
     _Draining(config, server).run()
+
+
+def need_keys(keys: Keys, host: str) -> None:
+    """Refuse to serve other machines without keys.
+
+    Raises:
+        ConfigError: Nobody needs a key, and the address is not this machine's own.
+    """
+    if not keys.known and host not in {"127.0.0.1", "::1", "localhost"}:
+        raise ConfigError(f"without API keys the server only listens to this machine, not {host}: give --api-keys FILE")
 
 
 class _Draining(uvicorn.Server):
