@@ -59,7 +59,9 @@ class TrainConfig:
     keep_checkpoints: int = option(2, "Newest checkpoints that are kept, besides the best.")
     resume: bool = option(False, "Go on from the newest whole checkpoint, if there is one.")
     save_metrics: bool = option(True, "Write metrics, log, summary and model card beside the adapter.")
-    report_to: list[str] = option([], "Tracker the losses also go to, tensorboard for example; may be repeated.")
+    report_to: list[str] = option(
+        [], "Tracker the losses also go to, may be repeated: tensorboard where it is installed, unless told; none."
+    )
     test: bool = option(False, "Run qefficient test on the adapter afterwards.")
 
     context_length: int = option(512, "Tokens of an example; longer ones are cut, the prompt first.")
@@ -88,6 +90,11 @@ class TrainConfig:
     fsdp: bool = option(False, "Shard parameters over processes (FSDP2); needs torchrun or accelerate launch.")
     seed: int = option(42, "Seed of the adapter's initial values and of the data's order.")
     dtype: str = option("float32", "Type of the base's weights.", choices=("float32", "bfloat16", "float16"))
+    quantization: str = option(
+        "none",
+        "Keep the frozen base in fewer bits: 4 (NF4, as in QLoRA) or 8 with bitsandbytes, 8 with torchao.",
+        choices=("none", "bnb-4bit", "bnb-8bit", "torchao-int8"),
+    )
 
     use_peft: bool = option(True, "Train an adapter; otherwise train the base itself.")
     peft_method: str = option("lora", "PEFT's name of the method: lora, ia3, oft, prompt_tuning, …")

@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.config import TrainConfig, read_mapping
+from QEfficient.finetune.quantization import keep_trainable, quantized
 from QEfficient.finetune.rules import check_method
 from QEfficient.options import suggest
 from QEfficient.store import is_local
@@ -58,7 +59,8 @@ def load_model_and_tokenizer(
         tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_name)
     except _LOADING as e:
         raise ConfigError(f"no tokenizer can be loaded from {tokenizer_name!r}: {_one_line(e)}") from e
-    options = {"dtype": getattr(torch, train_config.dtype), **kwargs}
+    dtype = getattr(torch, train_config.dtype)
+    options = {"dtype": dtype, **quantized(train_config.quantization, dtype), **kwargs}
     classifies = train_config.task_mode == "seq_classification"
     auto: Any = transformers.AutoModelForCausalLM
     if classifies:
@@ -155,6 +157,10 @@ def apply_peft(model: Any, train_config: TrainConfig, **kwargs: Any) -> Any:
         return model
     if train_config.from_peft_checkpoint is not None:
         return _continued(model, train_config.from_peft_checkpoint)
+    if train_config.quantization != "none":
+        prepare: Any = prepare_model_for_kbit_training
+        model = prepare(model, use_gradient_checkpointing=False)
+        keep_trainable(model)
     config = generate_peft_config(train_config, **kwargs)
     with torch.random.fork_rng():
         torch.manual_seed(train_config.seed)

@@ -90,6 +90,10 @@ _RULES: tuple[tuple[Callable[["TrainConfig"], object], str], ...] = (
         "dtype {c.dtype} would train the base itself in low precision: use float32, or train an adapter",
     ),
     (
+        lambda c: c.quantization == "none" or (c.use_peft and not c.fsdp),
+        "quantization {c.quantization} is for a frozen base that every process holds whole: train an adapter, without fsdp",
+    ),
+    (
         lambda c: c.train_file is None or c.val_file is None or c.train_file.resolve() != c.val_file.resolve(),
         "val_file and train_file are the same file, {c.val_file}: a validation on training data says nothing",
     ),

@@ -32,6 +32,9 @@ __all__ = ["LOG_FILE", "METRICS_FILE", "Interrupted", "ProgressCallback", "evalu
 METRICS_FILE = "train_metrics.json"
 """What :func:`train` returned, beside the adapter."""
 
+RUNS = "runs"
+"""TensorBoard's files: beside the checkpoints while training, then beside the adapter."""
+
 LOG_FILE = "train_log.json"
 """Loss, learning rate and gradient norm of each optimizer step, and each validation."""
 
@@ -103,6 +106,8 @@ def train(
             if classes:
                 (folder / CLASSES_FILE).write_text(json.dumps(list(classes)) + "\n", encoding="utf-8")
             _write(folder, config, model, tokenizer, metrics, trainer.state.log_history)
+            if (trainer.root / RUNS).is_dir():
+                shutil.copytree(trainer.root / RUNS, folder / RUNS)
         shutil.rmtree(trainer.root, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return metrics

@@ -194,11 +194,6 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
     Raises:
         ConfigError: The processes cannot share the batch, there is only one to shard over, or a tracker is not there.
     """
-    missing = set(config.report_to) - set(get_available_reporting_integrations())  # type: ignore[no-untyped-call]
-    if missing:
-        raise ConfigError(
-            f"report_to {sorted(missing)[0]!r} is unknown to transformers, or its library is not installed"
-        )
     steps = config.max_train_step or config.num_epochs * (rows // per_step(config))
     saving = config.save_steps or (steps + 1 if config.keep_best or config.early_stopping else 0)
     sharding: dict[str, Any] = {"fsdp": True, "fsdp_config": {"version": 2}} if config.fsdp else {}
@@ -222,7 +217,7 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
         greater_is_better=False if config.keep_best or config.early_stopping else None,
         save_strategy="steps" if saving else "no",
         save_steps=saving or 1,
-        report_to=config.report_to or "none",
+        report_to=trackers(config) or "none",
         use_cpu=not torch.accelerator.is_available(),  # unless told, accelerate does not see other processes on CPUs
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -237,6 +232,23 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
     split = split_batch(config.train_batch_size, config.gradient_accumulation_steps, processes)
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split
     return arguments
+
+
+def trackers(config: TrainConfig) -> list[str]:
+    """Return the trackers that were asked for; TensorBoard if none was and it is installed.
+
+    Raises:
+        ConfigError: One is unknown, or its library is not installed.
+    """
+    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    if config.report_to == ["none"]:
+        return []
+    missing = set(config.report_to) - set(available)
+    if missing:
+        raise ConfigError(
+            f"report_to {sorted(missing)[0]!r} is unknown to transformers, or its library is not installed"
+        )
+    return config.report_to or [name for name in ("tensorboard",) if name in available and config.save_metrics]
 
 
 def _last_seconds(checkpoint: Path) -> float:

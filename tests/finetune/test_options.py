@@ -195,9 +195,3 @@ def test_fsdp_that_does_not_shard_is_refused() -> None:
     """Parameters that are whole on each process are noticed, whatever the losses say."""
     with pytest.raises(UnsupportedError, match="2 parameters of Linear are not sharded: weight"):
         ShardedCallback().on_train_begin(None, None, None, model=torch.nn.Linear(1, 1))
-
-
-def test_unknown_tracker_is_refused(tmp_path: Path) -> None:
-    """A tracker that is not there is named before training."""
-    with pytest.raises(ConfigError, match="report_to 'tensorbored' is unknown to transformers, or its library"):
-        training_arguments(TrainConfig(report_to=["tensorbored"]), 8, tmp_path)
