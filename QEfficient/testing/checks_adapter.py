@@ -9,7 +9,7 @@ from safetensors import safe_open
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.options import suggest
 from QEfficient.store import digest_file
-from QEfficient.testing import checks_config, checks_identity, checks_values
+from QEfficient.testing import checks_config, checks_identity, checks_rows, checks_values
 from QEfficient.testing.adapter_files import AdapterFiles, module_of, refuse_other_shapes
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed
 from QEfficient.testing.report import Outcome
@@ -40,18 +40,28 @@ def _ask_leftovers(files: AdapterFiles, subject: str) -> Finding:
     names = sorted(p.name for p in files.path.iterdir() if p.name not in _SAFE)
     training = [n for n in names if n.startswith(_TRAINING)]
     unsafe = [n for n in names if n.endswith(_UNSAFE) and n not in training]
-    if not training and not unsafe:
+    indexes = [n for n in names if n.endswith(".index.json")]
+    if not training and not unsafe and not indexes:
         return passed("Nothing lies in the folder that does not belong to an adapter.", 0)
     said = []
     if training:
         said.append(f"{listed(training)} of a trainer's checkpoint: this may not be the final adapter")
     if unsafe:
         said.append(f"{listed(unsafe)} can run code when loaded")
-    total = sum(p.stat().st_size for p in files.path.iterdir() if p.name in {*training, *unsafe} and p.is_file())
+    if indexes:
+        said.append(f"{listed(indexes)} names parts of an adapter that is one file: PEFT does not read it")
+    total = sum(
+        p.stat().st_size for p in files.path.iterdir() if p.name in {*training, *unsafe, *indexes} and p.is_file()
+    )
     text = (
         f"The folder also holds {'; and '.join(said)}. Deploy only {' and '.join(sorted(_SAFE))} ({size(total)} less)."
     )
-    return Finding(Outcome.WARN, text, len(training) + len(unsafe), {"files": listed([*training, *unsafe], 8)})
+    return Finding(
+        Outcome.WARN,
+        text,
+        len(training) + len(unsafe) + len(indexes),
+        {"files": listed([*training, *unsafe, *indexes], 8)},
+    )
 
 
 def _ask_shapes(files: AdapterFiles, subject: str) -> Finding:
@@ -132,6 +142,7 @@ CHECKS: tuple[Check[AdapterFiles], ...] = (
     ),
     *checks_config.CHECKS,
     *checks_values.CHECKS,
+    *checks_rows.CHECKS,
     *checks_identity.CHECKS,
 )
 """Asked of each adapter, in this order."""

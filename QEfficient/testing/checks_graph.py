@@ -35,7 +35,14 @@ _FLOAT32 = (
 
 
 def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
-    files = Manifest.read(candidate.folder).files
+    manifest = Manifest.read(candidate.folder)
+    files, longest = (
+        manifest.files,
+        int(getattr(candidate.reference.model.config.get_text_config(), "max_position_embeddings", 0) or 0),
+    )
+    if manifest.max_positions and longest and manifest.max_positions != longest:
+        text = f"The manifest says that the base takes {manifest.max_positions} positions, its configuration says {longest}"
+        return failed(f"{text}: a session refuses what the base can do, or the other way round. Export again.")
     try:
         verify_files(candidate.folder, files, full=True)
     except ArtifactError as e:

@@ -106,6 +106,12 @@ def _revision_fits(revision: str, ours: Path | None) -> bool:
 
 
 def _ask_tokenizer(files: AdapterFiles, subject: str) -> Finding:
+    ends = [_end_token(folder) for folder in (files.path, Path(files.base))]
+    if all(ends) and ends[0] != ends[1]:
+        text = f"Its tokenizer ends a text with {ends[0]!r}, the base's with {ends[1]!r}"
+        return Finding(
+            Outcome.WARN, f"{text}: generation that stops at the base's runs on. Serve with this tokenizer.", 1
+        )
     ours = _token_ids(files.path)
     if ours is None:
         return skipped("No tokenizer lies beside the adapter.")
@@ -131,6 +137,11 @@ def _ask_tokenizer(files: AdapterFiles, subject: str) -> Finding:
         text = f"Its tokenizer adds {listed([repr(t) for t in added])}, but no embedding was trained with it"
         return Finding(Outcome.WARN, f"{text}: these tokens mean nothing to the model.", len(added))
     return passed(f"The {len(ours):,} tokens of its tokenizer fit the base.", 0)
+
+
+def _end_token(folder: Path) -> str:
+    found = _read(folder / "tokenizer_config.json").get("eos_token")
+    return str(found.get("content", "") if isinstance(found, dict) else found or "")
 
 
 def _token_ids(folder: Path) -> dict[str, int] | None:

@@ -26,15 +26,16 @@ def layer_errors(candidate: Candidate, subject: str) -> list[tuple[str, float]] 
     states: dict[str, Logits] = getattr(candidate.session, "_states", None) or {}
     prompt = candidate.workload.prompts[0]
     want = candidate.reference.cache(subject, prompt)
-    first = _virtual_tokens(candidate)
     names = [(f"past_key.{i}", f"past_value.{i}") for i in range(len(want))]
-    if any(n not in states for pair in names for n in pair):
+    if not want or any(n not in states for pair in names for n in pair):
         return None
+    skip = candidate.reference.virtual_tokens(subject)  # compared as well: they are part of what is kept
+    end = skip + len(prompt)
     found = []
     for i, (pair, values) in enumerate(zip(names, want, strict=True)):
         for name, kind, value in zip(pair, ("key", "value"), values, strict=True):
-            got = states[name][0][:, first : first + len(prompt)]
-            expected = value[:, -len(prompt) :]
+            expected = value[:, -end:]
+            got = states[name][0][:, end - expected.shape[1] : end]
             span = max(float(np.ptp(expected)), float(np.finfo(np.float32).tiny))
             found.append((f"layer {i} {kind}", float(np.abs(got - expected).max()) / span))
     return found
@@ -64,9 +65,9 @@ def _ask_long(candidate: Candidate, subject: str) -> Finding:
     room = Manifest.read(candidate.folder).max_positions or _LONG
     if room <= 2 * max(candidate.workload.prompt_lengths):
         return skipped(f"The base's context, {room} positions, is covered by the other checks.")
-    candidate.session.set_adapter(subject)
-    row = long_row(candidate, min(_LONG, room - _virtual_tokens(candidate)))
+    row = long_row(candidate, min(_LONG, room - candidate.reference.virtual_tokens(subject)))
     want = candidate.reference.last_logits(subject, row, _TAIL)
+    candidate.session.set_adapter(subject)
     candidate.session.allocate(1, len(row))
     start = len(row) - _TAIL
     prefill(candidate.session, [row[:start]])
@@ -78,11 +79,6 @@ def _ask_long(candidate: Candidate, subject: str) -> Finding:
         )
     text = f"At the end of {len(row)} tokens, which fill the cache, logits differ by {number(error)} of their range"
     return failed(f"{text}. Look at the mask, at sliding windows, and at the rotary embedding's scaling.", error)
-
-
-def _virtual_tokens(candidate: Candidate) -> int:
-    """Return how many places of the cache the active adapter takes in front of a row's own."""
-    return int(getattr(candidate.session, "virtual_tokens", 0))
 
 
 def long_row(candidate: Candidate, length: int) -> Tokens:

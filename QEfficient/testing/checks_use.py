@@ -59,30 +59,47 @@ def _ask_gradients(reference: Reference, subject: str) -> Finding:
     parts = {n: set(n.split(".")) for n, _ in named}
     own = [(n, p) for n, p in named if subject in parts[n] and p.is_floating_point()]
     foreign = [(n, p) for n, p in named if others & parts[n] and p.is_floating_point()]
+    unfrozen = [(n, p) for n, p in named if p.requires_grad and not parts[n] & {subject, *others}]
     if not own:
         return skipped("Its parameters do not carry its name, so they cannot be told from others.")
     try:
         with reference.selected(subject) as model, torch.enable_grad():
             for _, p in named:
                 p.requires_grad_(False)
-            for _, p in own + foreign:
+            asked = own + foreign + unfrozen
+            for _, p in asked:
                 p.requires_grad_(True)
             out = model(input_ids=torch.from_numpy(reference.short)[None], use_cache=False)
             loss = out.logits.float().log_softmax(-1)[..., 0].mean()
-            grads = torch.autograd.grad(loss, [p for _, p in own + foreign], allow_unused=True)
+            grads = dict(
+                zip(
+                    [n for n, _ in asked],
+                    torch.autograd.grad(loss, [p for _, p in asked], allow_unused=True),
+                    strict=True,
+                )
+            )
     except RuntimeError as e:
         return skipped(f"PEFT does not train it here: {str(e).splitlines()[0].rstrip('.')}.")
     finally:
         for (_, p), needed in zip(named, before, strict=True):
             p.requires_grad_(needed)
-    return _judge_gradients([n for n, _ in own], [n for n, _ in foreign], list(grads), reference, subject)
+    own_names, foreign_names, base_names = ([n for n, _ in some] for some in (own, foreign, unfrozen))
+    trains_biases = getattr(reference.model.peft_config[subject], "bias", "none") not in ("none", None)
+    if leaked := [] if trains_biases else _reached(base_names, grads):
+        text = f"A gradient also reaches {counted(len(leaked), 'parameter')} of the base, first {leaked[0]}"
+        return failed(f"{text}: training on would change the base under every adapter. Freeze it.", len(leaked))
+    return _judge_gradients(own_names, _reached(foreign_names, grads), grads, reference, subject)
 
 
-def _judge_gradients(own: list[str], foreign: list[str], grads: list[Any], reference: Reference, name: str) -> Finding:
-    mine, theirs = grads[: len(own)], grads[len(own) :]
-    leaked = [n for n, g in zip(foreign, theirs, strict=True) if g is not None and bool(g.any())]
-    without = [n for n, g in zip(own, mine, strict=True) if g is None]
-    damaged = [n for n, g in zip(own, mine, strict=True) if g is not None and not bool(torch.isfinite(g).all())]
+def _reached(names: list[str], grads: dict[str, Any]) -> list[str]:
+    return [n for n in names if grads[n] is not None and bool(grads[n].any())]
+
+
+def _judge_gradients(
+    own: list[str], leaked: list[str], grads: dict[str, Any], reference: Reference, name: str
+) -> Finding:
+    without = [n for n in own if grads[n] is None]
+    damaged = [n for n in own if grads[n] is not None and not bool(torch.isfinite(grads[n]).all())]
     facts: Facts = {"parameters": len(own), "without gradient": listed(without, 4) if without else "none"}
     if leaked:
         text = f"A gradient also reaches {len(leaked)} parameters of other adapters, first {leaked[0]}"

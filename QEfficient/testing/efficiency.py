@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Speed and memory of PyTorch + PEFT and of the program, measured in turns in the same process.
 
-Knows no verdict. Both engines get the same tokens, one row, and as many threads as they choose. Turns alternate, so that
-what else the machine does hits both; a value is the median of its repetitions.
+Knows no verdict. Both engines get the same tokens and as many threads as they choose. Turns alternate, so that what else
+the machine does hits both; a value is the median of its repetitions, a ratio is taken turn by turn and has an interval.
 """
 
-import contextlib
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from QEfficient.contract import BASE
-from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import Session
+from QEfficient.testing.engines import Engine, ProgramEngine, PyTorchEngine, fast_attention
+from QEfficient.testing.floor import Machine
+from QEfficient.testing.ratios import interval
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Measurement
 from QEfficient.testing.workload import Tokens
@@ -24,85 +23,17 @@ _PREFILL = 128
 _DECODE = 24
 _REPEATS = 5
 _SWITCHES = 8
+_ROWS = (2, 4, 8)
+_ROW_STEPS = 4
+_PAIRS = 8
+_PAIR_STEPS = 4
 _FEWEST_STEPS = 4
+_FEWEST_PAIRS = 3
 _SUBJECT_SECONDS = 5.0
 _BUDGET_SECONDS = 20.0
 
-
-class Engine(Protocol):
-    """One way to run the model."""
-
-    def select(self, subject: str) -> None:
-        """Choose the adapter, or the base."""
-
-    def start(self, prompt: Tokens) -> int:
-        """Read a prompt into an empty cache and return the next token."""
-
-    def step(self, token: int) -> int:
-        """Read one token and return the next."""
-
-
-class PyTorchEngine:
-    """transformers and PEFT, with the fastest attention that the model has, cache on."""
-
-    def __init__(self, reference: Reference) -> None:
-        self._reference = reference
-        self._active = contextlib.ExitStack()
-        self._cache: Any = None
-
-    def select(self, subject: str) -> None:
-        """Choose the adapter, or the base."""
-        self._active.close()
-        self._active.enter_context(self._reference.selected(subject))
-
-    def close(self) -> None:
-        """Leave the model as it was found."""
-        self._active.close()
-
-    def start(self, prompt: Tokens) -> int:
-        """Read a prompt into an empty cache and return the next token."""
-        self._cache = None
-        return self._forward(prompt)
-
-    def step(self, token: int) -> int:
-        """Read one token and return the next."""
-        return self._forward(np.array([token], dtype=np.int64))
-
-    def _forward(self, tokens: Tokens) -> int:
-        with torch.no_grad():
-            out = self._reference.model(
-                input_ids=torch.from_numpy(tokens)[None],
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        self._cache = out.past_key_values
-        return int(out.logits[0, -1].argmax())
-
-
-class ProgramEngine:
-    """A session of the program."""
-
-    def __init__(self, session: Session, ctx_len: int) -> None:
-        self._session = session
-        self._position = 0
-        session.allocate(1, ctx_len)
-
-    def select(self, subject: str) -> None:
-        """Choose the adapter, or the base."""
-        self._session.set_adapter(subject)
-
-    def start(self, prompt: Tokens) -> int:
-        """Read a prompt into an empty cache and return the next token."""
-        self._session.reset()
-        self._position = len(prompt)
-        return int(prefill(self._session, [prompt], chunk_len=len(prompt))[0].argmax())
-
-    def step(self, token: int) -> int:
-        """Read one token and return the next."""
-        logits = self._session.run(np.array([[token]]), np.array([[self._position]]))
-        self._position += 1
-        return int(logits[0, -1].argmax())
+Times = dict[tuple[str, str], list[list[float]]]
+"""Seconds by engine and kind (prefill, first, step): a list for each turn."""
 
 
 def measure(
@@ -125,9 +56,10 @@ def measure(
     room = max_positions or _PREFILL + _DECODE
     decode = min(_DECODE, room // 4)
     tokens = np.resize(reference.workload.rows[0], min(_PREFILL, room - decode))
-    with _fast_attention(reference.model):
+    with fast_attention(reference.model):
         pytorch = PyTorchEngine(reference)
-        engines: dict[str, Engine] = {"pytorch": pytorch, "program": ProgramEngine(session, len(tokens) + decode)}
+        program = ProgramEngine(session, len(tokens) + decode)
+        engines: dict[str, Engine] = {"pytorch": pytorch, "program": program}
         found: list[Measurement] = []
         begin = time.perf_counter()
         for index, subject in enumerate((BASE, *names)):
@@ -135,10 +67,15 @@ def measure(
                 break
             notify(subject)
             found += _measure_subject(engines, subject, tokens, decode)
-        for engine, value in engines.items():
-            found += [_summary(engine, name, "switch_ms", _switches(value, name, tokens)) for name in names[:1]]
+            if subject != BASE:
+                found.append(_overhead(program, subject, tokens))
+        for name, engine in engines.items():
+            for subject in names[:1]:
+                found.append(_summary(name, subject, "switch_ms", _switches(engine, subject, tokens)))
+                found += _batches(name, engine, subject, _short(tokens))
         pytorch.close()
-    return found + _memory(reference, session, len(tokens) + decode, names)
+    found += _memory(reference, session, len(tokens) + decode, names)
+    return found + _floors(reference, session, found, names, len(tokens))
 
 
 def _measure_subject(engines: dict[str, Engine], subject: str, tokens: Tokens, decode: int) -> list[Measurement]:
@@ -146,16 +83,18 @@ def _measure_subject(engines: dict[str, Engine], subject: str, tokens: Tokens, d
     for engine in engines.values():
         engine.select(subject)
         engine.step(engine.start(_short(tokens)))
-    times: dict[tuple[str, str], list[float]] = {}
+    times: Times = {}
     begin = time.perf_counter()
     for repeat in range(_REPEATS):
         for name, engine in engines.items():
             engine.select(subject)
             for key, values in _turn(engine, tokens, decode).items():
-                times.setdefault((name, key), []).extend(values)
+                times.setdefault((name, key), []).append(values)
         if repeat and time.perf_counter() - begin > _SUBJECT_SECONDS:
             break
-    return [m for name in engines for m in _metrics(name, subject, times, len(tokens))]
+    steps = [[float(np.median(turn)) for turn in times[name, "step"]] for name in ("pytorch", "program")]
+    found = [m for name in engines for m in _metrics(name, subject, times, len(tokens))]
+    return [*found, Measurement("program", subject, "speedup", *interval(*steps))]
 
 
 def _turn(engine: Engine, tokens: Tokens, decode: int) -> dict[str, list[float]]:
@@ -168,18 +107,23 @@ def _turn(engine: Engine, tokens: Tokens, decode: int) -> dict[str, list[float]]
     first = time.perf_counter() - begin
     steps: list[float] = []
     while len(steps) < decode and (len(steps) < _FEWEST_STEPS or sum(steps) < _SUBJECT_SECONDS / 2):
-        begin = time.perf_counter()
-        token = engine.step(token)
-        steps.append(time.perf_counter() - begin)
+        token, seconds = _step(engine, token)
+        steps.append(seconds)
     return {"prefill": [whole], "first": [first], "step": steps}
 
 
-def _metrics(engine: str, subject: str, times: dict[tuple[str, str], list[float]], tokens: int) -> list[Measurement]:
-    steps = np.array(times[engine, "step"])
+def _step(engine: Engine, token: int) -> tuple[int, float]:
+    begin = time.perf_counter()
+    token = engine.step(token)
+    return token, time.perf_counter() - begin
+
+
+def _metrics(engine: str, subject: str, times: Times, tokens: int) -> list[Measurement]:
+    whole, first, steps = (np.concatenate(times[engine, key]) for key in ("prefill", "first", "step"))
     p50, p90, p99 = (float(v) * 1e3 for v in np.percentile(steps, (50, 90, 99)))
     return [
-        _summary(engine, subject, "prefill_tokens_per_second", [tokens / t for t in times[engine, "prefill"]]),
-        _summary(engine, subject, "first_token_ms", [t * 1e3 for t in times[engine, "first"]]),
+        _summary(engine, subject, "prefill_tokens_per_second", [tokens / t for t in whole]),
+        _summary(engine, subject, "first_token_ms", [t * 1e3 for t in first]),
         _summary(engine, subject, "decode_tokens_per_second", [1 / t for t in steps]),
         Measurement(engine, subject, "token_latency_p50_ms", p50),
         Measurement(engine, subject, "token_latency_p90_ms", p90),
@@ -193,6 +137,23 @@ def _summary(engine: str, subject: str, metric: str, values: list[float]) -> Mea
 
 def _short(tokens: Tokens) -> Tokens:
     return tokens[: max(1, len(tokens) // 4)]
+
+
+def _overhead(engine: Engine, name: str, tokens: Tokens) -> Measurement:
+    """Return how much longer a token takes with an adapter than without, as a share: pairs of turns, the order changing."""
+    times: dict[str, list[float]] = {BASE: [], name: []}
+    begin = time.perf_counter()
+    for pair in range(_PAIRS):
+        for subject in (BASE, name) if pair % 2 else (name, BASE):
+            engine.select(subject)
+            token, steps = engine.start(tokens[:2]), []
+            for _ in range(_PAIR_STEPS):
+                token, seconds = _step(engine, token)
+                steps.append(seconds)
+            times[subject].append(float(np.median(steps)))
+        if pair + 1 >= _FEWEST_PAIRS and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
+            break
+    return Measurement("program", name, "overhead", *(v - 1 for v in interval(times[name], times[BASE])))
 
 
 def _switches(engine: Engine, name: str, tokens: Tokens) -> list[float]:
@@ -209,6 +170,25 @@ def _switches(engine: Engine, name: str, tokens: Tokens) -> list[float]:
         token = engine.step(token)
         taken.append((time.perf_counter() - begin) * 1e3)
     return taken
+
+
+def _batches(name: str, engine: Engine, subject: str, prompt: Tokens) -> list[Measurement]:
+    """Return tokens per second over all rows, by number of rows; larger ones are left out where they take too long."""
+    found: list[Measurement] = []
+    engine.select(subject)
+    begin = time.perf_counter()
+    for rows in _ROWS:
+        if found and time.perf_counter() - begin > _SUBJECT_SECONDS:
+            break
+        engine.resize(rows)
+        token, _ = _step(engine, engine.start(prompt[:2]))
+        speeds = []
+        for _ in range(_ROW_STEPS):
+            token, seconds = _step(engine, token)
+            speeds.append(rows / seconds)
+        found.append(_summary(name, subject, f"throughput_{rows}_tokens_per_second", speeds))
+    engine.resize(1)
+    return found
 
 
 def _memory(reference: Reference, session: Session, ctx_len: int, names: tuple[str, ...]) -> list[Measurement]:
@@ -229,15 +209,28 @@ def _memory(reference: Reference, session: Session, ctx_len: int, names: tuple[s
     ]
 
 
-@contextlib.contextmanager
-def _fast_attention(model: Any) -> Any:
-    """Let PyTorch use its fused attention while it is timed; a model that has none stays as it is."""
-    before = model.config._attn_implementation
-    try:
-        model.set_attn_implementation("sdpa")
-    except (ValueError, AttributeError, ImportError):
-        pass
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
+def _floors(
+    reference: Reference, session: Session, found: list[Measurement], names: tuple[str, ...], tokens: int
+) -> list[Measurement]:
+    """Return what the machine can do, and what part of it each engine reaches: 1 is the floor itself."""
+    machine, subject = Machine.measured(), names[0] if names else BASE
+    values = {(m.engine, m.metric): m.value for m in found if m.subject == subject}
+    table = reference.model.get_input_embeddings().weight  # read row by row, unless it is the output projection too
+    tied = bool(getattr(reference.model.config, "tie_word_embeddings", False))
+    parameters = sum(p.numel() for p in reference.model.parameters()) - (0 if tied else table.numel())
+    best = [
+        Measurement("machine", BASE, "bandwidth_bytes_per_second", machine.bandwidth),
+        Measurement("machine", BASE, "peak_operations_per_second", machine.peak),
+    ]
+    for engine in ("pytorch", "program"):
+        read = values[engine, "memory_bytes.weights"] * (
+            1 if tied else 1 - table.numel() / (parameters + table.numel())
+        )
+        floors = {
+            "decode": 1 / machine.decode_seconds(int(read)),
+            "prefill": tokens / machine.prefill_seconds(parameters, tokens),
+        }
+        for kind, floor in floors.items():
+            reached = values[engine, f"{kind}_tokens_per_second"] / floor
+            best.append(Measurement(engine, subject, f"{kind}_share_of_floor", reached))
+    return best

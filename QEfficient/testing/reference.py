@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, DynamicCache
 from QEfficient.contract import BASE
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.peft.tasks import choose_task, tasks_of
-from QEfficient.testing.known import explain
+from QEfficient.testing.known import explain, is_prompt
 from QEfficient.testing.workload import Tokens, Workload
 
 Logits = npt.NDArray[np.float32]
@@ -51,6 +51,7 @@ class Reference:
         self.judged: dict[tuple[str, bytes], Any] = {}
         self._kept: dict[str, list[Logits]] = {}
         self._disabled: list[Logits] = []
+        self._last: dict[tuple[str, bytes, int], Logits] = {}
 
     def attach(self, name: str, path: Path) -> None:
         """Load one adapter with PEFT; a rejected one leaves no trace.
@@ -64,14 +65,18 @@ class Reference:
             else:
                 self.model = PeftModelForCausalLM.from_pretrained(self.model, str(path), adapter_name=name)
         except (RuntimeError, ValueError, KeyError, TypeError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise AdapterMismatchError(f"adapter {name!r} ({path}) does not fit the base: {first}") from e
+            raise _mismatch("fit", name, path, e) from e
         self.model.eval()
         if tasks_of(self.model.peft_config[name]):  # PEFT asks for one at every call: the first is tested
             choose_task(self.model, name, 0)
         self._disabled = []
+        try:
+            self.alone[name] = self.logits(name, self.short)
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as e:
+            if len(self.model.peft_config) > 1:
+                self.model.delete_adapter(name)
+            raise _mismatch("run on", name, path, e) from e
         self.paths[name] = path
-        self.alone[name] = self.logits(name, self.short)
 
     def _add(self, name: str, path: Path) -> None:
         try:
@@ -118,11 +123,19 @@ class Reference:
 
     def last_logits(self, subject: str, tokens: Tokens, count: int) -> Logits:
         """Return the logits ``(count, V)`` of the last tokens of a long row."""
-        with self.selected(subject):
-            return self._forward(tokens, keep=count)
+        key = (subject, tokens.tobytes(), count)
+        if key not in self._last:  # graph and program ask for the same row
+            with self.selected(subject):
+                self._last[key] = self._forward(tokens, keep=count)
+        return self._last[key]
+
+    def virtual_tokens(self, subject: str) -> int:
+        """Return how many tokens an adapter of prompt learning puts in front of every row."""
+        config = self.model.peft_config[subject] if subject in self.paths else None
+        return int(config.num_virtual_tokens) if config is not None and is_prompt(config) else 0
 
     def cache(self, subject: str, tokens: Tokens) -> list[tuple[Logits, Logits]]:
-        """Return what each layer keeps of one row: keys and values ``(kv_heads, tokens, head_dim)``."""
+        """Return what each layer keeps of one row: keys and values ``(kv_heads, tokens, head_dim)``, virtual tokens first."""
         kept = DynamicCache()
         with self.selected(subject), torch.no_grad():
             out = self.model(input_ids=torch.from_numpy(tokens)[None], past_key_values=kept, use_cache=True)
@@ -161,6 +174,11 @@ class Reference:
             )
         logits: Logits = out.logits[0].float().numpy()
         return logits[-(keep or len(tokens)) :]  # behind the virtual tokens of prompt learning
+
+
+def _mismatch(what: str, name: str, path: Path, error: Exception) -> AdapterMismatchError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return AdapterMismatchError(f"adapter {name!r} ({path}) does not {what} the base: {first}")
 
 
 def tokenizer_of(base: str) -> Callable[[str], list[int]] | None:

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from QEfficient.testing import text
-from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
+from QEfficient.testing.report import CheckResult, Outcome, Report, Series, Stage
 
 _FLOOR = 1e-9
 _SCENARIOS = ("prefill", "chunked", "decode", "ragged")
@@ -74,6 +74,8 @@ def render(report: Report) -> str:
         measured=_measured_subjects(report),
         memory=memory(report),
         tiles=_tiles(report),
+        curves=lambda subject: _curves(report, subject),
+        **_spread(report),
         slug=lambda r: anchors[id(r)],
     )
 
@@ -152,6 +154,41 @@ def _columns(report: Report) -> list[tuple[str, list[CheckResult]]]:
         if found:
             columns.append((stage.value, [*of_base.values(), *of_adapters.values()]))
     return columns
+
+
+def _curves(report: Report, subject: str) -> list[tuple[str, float, list[tuple[str, Series]]]]:
+    """Return what is drawn beneath a subject's differences: title, limit, and the series of graph and program."""
+    found = []
+    for name, title in (
+        ("distribution", "Divergence of the distribution, nats"),
+        ("layers", "Keys and values, layer by layer"),
+    ):
+        results = [r for r in report.results if r.subject == subject and r.name.endswith(f".{name}") and r.series]
+        lines = [(r.stage.value, r.series[0]) for r in results if any(r.series[0].y)]
+        if lines:
+            found.append((title, results[0].tolerance or 1e-4, lines[:2]))
+    return found
+
+
+def _spread(report: Report) -> dict[str, Any]:
+    """Return latencies, shares of the machine's best, and the adapter's cost, of the first adapter."""
+    subject = report.adapters[0].name if report.adapters else report.base.name
+    latencies = [
+        (engine, *(report.value(engine, subject, f"token_latency_p{p}_ms") for p in (50, 90, 99)))
+        for engine in ("pytorch", "program")
+    ]
+    floors = []
+    for metric, title in text.SHARES.items():
+        shares = [(e, v) for e in ("pytorch", "program") if (v := report.value(e, subject, metric)) is not None]
+        floors += [(title, shares)] if shares else []
+    cost = next((m for m in report.measurements if (m.subject, m.metric) == (subject, "overhead")), None)
+    return {
+        "latencies": [one for one in latencies if None not in one],
+        "floors": floors,
+        "cost": text.percent(cost) if cost else "",
+        "bandwidth": report.value("machine", "base", "bandwidth_bytes_per_second"),
+        "peak": report.value("machine", "base", "peak_operations_per_second"),
+    }
 
 
 def _by_cell(report: Report) -> dict[tuple[str, str], CheckResult]:

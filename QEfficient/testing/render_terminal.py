@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
-from QEfficient.testing.text import MARKS, METRICS, PARTS, listed, number, ratio, size, times
+from QEfficient.testing.text import MARKS, METRICS, NOTHING, PARTS, SHARES, listed, number, percent, ratio, size, times
 
 _COLOUR = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.WARN: "yellow", Outcome.SKIP: "bright_black"}
 _MOST_REASONS = 8
@@ -92,6 +92,13 @@ def _speed(report: Report) -> Table:
         gain = ratio(pytorch, program, more_is_better)
         cells = (number(pytorch, unit), number(program, unit), times(gain))
         table.add_row(title, *cells)
+    for metric, title in SHARES.items():
+        shares = [report.value(engine, subject, metric) for engine in ("pytorch", "program")]
+        if any(shares):
+            table.add_row(title, *(number(100 * s, "%") if s else NOTHING for s in shares), "")
+    cost = next((m for m in report.measurements if (m.subject, m.metric) == (subject, "overhead")), None)
+    if cost is not None:
+        table.add_row("Adapter's cost of a token", "", percent(cost), "")
     totals = [_memory(report, engine, subject) for engine in ("pytorch", "program")]
     if all(totals):
         table.add_row("Memory", size(totals[0]), size(totals[1]), times(totals[0] / totals[1]))

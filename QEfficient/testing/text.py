@@ -3,7 +3,7 @@
 
 import math
 
-from QEfficient.testing.report import CheckResult
+from QEfficient.testing.report import CheckResult, Measurement
 
 NOTHING = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -19,8 +19,17 @@ METRICS = {
     "token_latency_p90_ms": ("Token latency, 90 %", "ms", False),
     "token_latency_p99_ms": ("Token latency, 99 %", "ms", False),
     "switch_ms": ("Switch and token", "ms", False),
+    "throughput_2_tokens_per_second": ("Decode, 2 rows", "tok/s", True),
+    "throughput_4_tokens_per_second": ("Decode, 4 rows", "tok/s", True),
+    "throughput_8_tokens_per_second": ("Decode, 8 rows", "tok/s", True),
 }
 """Title, unit and whether more is better, of each metric that has a value for both engines."""
+
+SHARES = {
+    "decode_share_of_floor": "Decode, of memory bandwidth",
+    "prefill_share_of_floor": "Prefill, of peak arithmetic",
+}
+"""Title of each share of what the machine can do at best, measured in the same run."""
 
 PARTS = {"weights": "Weights", "adapters": "Adapters", "cache": "KV cache"}
 """Title of each part of the memory; the metric is ``memory_bytes.<part>``."""
@@ -84,3 +93,9 @@ def listed(names: list[str], limit: int = 3) -> str:
     """Return the first names and how many more there are."""
     head = ", ".join(names[:limit])
     return f"{head} and {len(names) - limit} more" if len(names) > limit else head
+
+
+def percent(found: Measurement) -> str:
+    """Return a share and its interval: ``12.1 % (10.4 to 13.9)``."""
+    value, low, high = (100 * (v if v is not None else found.value) for v in (found.value, found.low, found.high))
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"

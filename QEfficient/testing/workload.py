@@ -29,6 +29,8 @@ _PROMPT_LENGTHS = (48, 7, 29, 16)
 _CHUNK = 16
 _DECODE = 8
 _GREEDY = 64
+_GREEDY_LARGE = 32
+_LARGE = 300_000_000
 _SEED = 20
 
 
@@ -62,6 +64,11 @@ class Workload:
     def ctx_len(self) -> int:
         """Cache positions that the longest row needs, with room for the padding of a chunk."""
         return max(self.prompt_lengths) + max(self.greedy_tokens, self.decode_steps) + self.chunk
+
+
+def default_tokens(parameters: int) -> int:
+    """Return how many tokens are generated if nobody says: fewer for a large base, whose every token takes long."""
+    return _GREEDY if parameters < _LARGE else _GREEDY_LARGE
 
 
 def make_workload(

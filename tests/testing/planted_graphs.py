@@ -32,7 +32,9 @@ class SessionFault:
     make: Callable[[Any], Any]
 
 
-def _exported(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+def exported(change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
+    """Return what changes the tensors of adapter ``one`` where they lie in a graph's folder."""
+
     def plant(folder: Path) -> None:
         path = folder / "adapters" / "one.safetensors"
         with safe_open(str(path), framework="np") as f:
@@ -80,11 +82,11 @@ def _half_precision(tensors: dict[str, np.ndarray]) -> None:
 _TENSORS = ("graph.tensors",)
 GRAPH_FAULTS = (
     GraphFault("exported adapters swapped", _TENSORS, _swap),
-    GraphFault("alpha changed after the export", _TENSORS, _exported(_scalings)),
-    GraphFault("one module's scaling changed", _TENSORS, _exported(_one_scaling)),
-    GraphFault("exported layers swapped", _TENSORS, _exported(_layers)),
-    GraphFault("exported module zeroed", _TENSORS, _exported(_module_zero)),
-    GraphFault("exported adapter rounded to float16", _TENSORS, _exported(_half_precision)),
+    GraphFault("alpha changed after the export", _TENSORS, exported(_scalings)),
+    GraphFault("one module's scaling changed", _TENSORS, exported(_one_scaling)),
+    GraphFault("exported layers swapped", _TENSORS, exported(_layers)),
+    GraphFault("exported module zeroed", _TENSORS, exported(_module_zero)),
+    GraphFault("exported adapter rounded to float16", _TENSORS, exported(_half_precision)),
     GraphFault("exported adapter truncated", _TENSORS, lambda g: (g / "adapters" / "one.safetensors").write_bytes(b"00")),
     GraphFault("base weight scaled", ("graph.integrity", "graph.prefill"), lambda g: scale_weight(g, "layers.1.mlp.up_proj.weight")),
     GraphFault("one number of a base weight", ("graph.integrity",), lambda g: scale_weight(g, "layers.0.mlp.down_proj.weight", elements=slice(9, 10))),

@@ -23,12 +23,13 @@ class ModelFault:
     plant: Callable[[Reference], Any]
 
 
-def _adapted(reference: Reference) -> list[nn.Module]:
+def adapted(reference: Reference) -> list[nn.Module]:
+    """Return the layers that have adapters."""
     return [m for m in reference.model.modules() if hasattr(m, "base_layer") and hasattr(m, "merge")]
 
 
 def _weight(reference: Reference, factor: float, module: int = 3) -> None:
-    _adapted(reference)[module].base_layer.weight.data *= factor
+    adapted(reference)[module].base_layer.weight.data *= factor
 
 
 def _parameters(reference: Reference, name: str) -> list[nn.Parameter]:
@@ -45,7 +46,7 @@ def _changed(
 
 def _patched(reference: Reference, method: str, make: Callable[[Any], Any]) -> None:
     """Replace a method of one adapted layer."""
-    layer = _adapted(reference)[2]
+    layer = adapted(reference)[2]
     setattr(layer, method, make(getattr(layer, method)))
 
 
@@ -72,14 +73,14 @@ def _nothing(merge: Any) -> Any:
 
 
 def _train(reference: Reference) -> None:
-    for module in _adapted(reference):
+    for module in adapted(reference):
         for name in module.lora_dropout:
             module.lora_dropout[name] = nn.Dropout(0.3)
     reference.model.train()
 
 
 def _noise(reference: Reference) -> None:
-    layer = _adapted(reference)[1]
+    layer = adapted(reference)[1]
     forward = layer.forward
     layer.forward = lambda x, *a, **k: forward(x, *a, **k) + 1e-3 * torch.randn(1)  # type: ignore[method-assign]
 
@@ -92,7 +93,7 @@ def _no_mask(reference: Reference) -> None:
 
 
 def _rows_mixed(reference: Reference) -> None:
-    for layer in _adapted(reference):
+    for layer in adapted(reference):
         forward = layer._mixed_batch_forward
         layer._mixed_batch_forward = lambda x, *a, adapter_names, forward=forward, **k: forward(
             x, *a, adapter_names=adapter_names[::-1], **k
@@ -130,13 +131,13 @@ def _saves_less(reference: Reference) -> None:
 
 
 def _too_large(reference: Reference) -> None:
-    for layer in _adapted(reference):
+    for layer in adapted(reference):
         layer.lora_A["one"].weight.data *= 3e3
         layer.lora_B["one"].weight.data *= 3e3
 
 
 def _always_on(reference: Reference) -> None:
-    for layer in _adapted(reference):
+    for layer in adapted(reference):
         layer.enable_adapters = lambda enabled: None  # type: ignore[attr-defined]
     reference.model.base_model.disable_adapter_layers = lambda: None
 
@@ -144,6 +145,32 @@ def _always_on(reference: Reference) -> None:
 def _switch_ignored(reference: Reference) -> None:
     reference.model.set_adapter("two")
     reference.model.set_adapter = lambda name: None
+
+
+def _half_weights(reference: Reference) -> None:
+    combine = reference.model.add_weighted_adapter
+    reference.model.add_weighted_adapter = lambda names, weights, *a, **k: combine(
+        names, [0.5 * w for w in weights], *a, **k
+    )
+
+
+def _unfrozen(reference: Reference) -> None:
+    adapted(reference)[1].base_layer.weight.requires_grad_(True)
+
+
+def _cut_off(reference: Reference) -> None:
+    factor = adapted(reference)[1].lora_B["one"]
+    factor.forward = lambda x: nn.functional.linear(x, factor.weight.detach())
+
+
+def _generates_base(reference: Reference) -> None:
+    generate = reference.model.generate
+
+    def without(*args: Any, **kwargs: Any) -> Any:
+        with reference.model.disable_adapter():
+            return generate(*args, **kwargs)
+
+    reference.model.generate = without
 
 
 MODEL_FAULTS = (
@@ -165,5 +192,9 @@ MODEL_FAULTS = (
     ModelFault("saving writes other tensors", ("pytorch.reload",), _saves_less),
     ModelFault("one tensor not loaded", ("pytorch.reload",), lambda r: _changed(r, "one", lambda t: t.roll(1), 0)),
     ModelFault("values too large for bfloat16", ("pytorch.half", "pytorch.finite", "pytorch.effect", "pytorch.reload"), _too_large),
+    ModelFault("combination weighs by half", ("pytorch.weighted",), _half_weights),
+    ModelFault("base left trainable", ("pytorch.gradients",), _unfrozen),
+    ModelFault("one factor cut off from training", ("pytorch.gradients",), _cut_off),
+    ModelFault("generate() leaves the adapter out", ("pytorch.generate",), _generates_base),
 )  # fmt: skip
 """Faults of a loaded model."""

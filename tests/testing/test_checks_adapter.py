@@ -221,6 +221,6 @@ def hangs_at_two(name: str, path: str | Path, base: str, selection: Selection) -
 def test_hanging_adapter_takes_no_other_along(folders: Folders):
     """An adapter whose examination hangs is given up after a time; the others are examined."""
     given = {"one": folders.one, "two": folders.two, "three": folders.one}
-    found = dict(in_processes(given, str(folders.base), Selection(), 2, 3, hangs_at_two))
+    found = dict(in_processes(given, str(folders.base), Selection(), 2, 10, hangs_at_two))
     assert [name for name, one in found.items() if one.error] == ["two"]
     assert "no answer within 3 s" in found["two"].results[0].message

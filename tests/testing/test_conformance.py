@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: BSD-3-Clause
+import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from QEfficient import testing
 from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError
 from QEfficient.testing import Budgets
 from QEfficient.testing.checks_efficiency import checks, parse_share
+from QEfficient.testing.floor import Machine
 from QEfficient.testing.graphs import Graph
 from QEfficient.testing.inputs import read_base_config
+from QEfficient.testing.ratios import interval
 from QEfficient.testing.report import Measurement, Outcome, Report, Stage
 from tests.testing.conftest import Folders
 from tests.tiny import lora, save_adapter, save_base
@@ -137,26 +141,50 @@ def test_base_that_is_not_there_is_refused(tmp_path: Path):
         read_base_config(str(tmp_path))
 
 
-def measured(pytorch: float, base: float, adapter: float) -> list[Measurement]:
-    """Return decode speeds."""
-    speeds = {("pytorch", "one"): pytorch, ("program", "base"): base, ("program", "one"): adapter}
-    return [Measurement(*key, "decode_tokens_per_second", value) for key, value in speeds.items()]
+def measured(metric: str, value: float, low: float, high: float) -> list[Measurement]:
+    """Return one ratio with its interval."""
+    return [Measurement("program", "one", metric, value, low, high)]
 
 
 @pytest.mark.parametrize(
-    ("budgets", "outcome", "value"),
+    ("budgets", "found", "outcome"),
     [
-        (Budgets(min_speedup=2), Outcome.PASS, 2.5),
-        (Budgets(min_speedup=3), Outcome.FAIL, 2.5),
-        (Budgets(max_overhead=0.25), Outcome.PASS, 0.2),
-        (Budgets(max_overhead=0.15), Outcome.FAIL, 0.2),
+        (Budgets(min_speedup=2), ("speedup", 2.5, 2.1, 2.9), Outcome.PASS),
+        (Budgets(min_speedup=3), ("speedup", 2.5, 2.1, 2.9), Outcome.FAIL),
+        (Budgets(min_speedup=2.7), ("speedup", 2.5, 2.1, 2.9), Outcome.WARN),
+        (Budgets(max_overhead=0.25), ("overhead", 0.2, 0.16, 0.24), Outcome.PASS),
+        (Budgets(max_overhead=0.15), ("overhead", 0.2, 0.16, 0.24), Outcome.FAIL),
+        (Budgets(max_overhead=0.2), ("overhead", 0.2, 0.16, 0.24), Outcome.WARN),
     ],
 )
-def test_budgets_are_ratios(budgets: Budgets, outcome: Outcome, value: float):
-    """A budget is held against the ratio of two speeds of the same run."""
-    found = checks(budgets)[0].perform(Stage.EFFICIENCY, measured(10, 30, 25), "one")
-    assert found.outcome is outcome
-    assert found.measured == pytest.approx(value)
+def test_budgets_are_held_against_intervals(budgets: Budgets, found: tuple[str, float, float, float], outcome: Outcome):
+    """A ratio passes or fails if all of its interval lies on one side of the budget; else it is inconclusive."""
+    result = checks(budgets)[0].perform(Stage.EFFICIENCY, measured(*found), "one")
+    assert (result.outcome, result.measured) == (outcome, found[1])
+    assert result.message.startswith("Inconclusive") is (outcome is Outcome.WARN)
+
+
+def test_interval_covers_the_true_ratio():
+    """Of many noisy measurements about 95 % have the true ratio in their interval; a common load cancels."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        load = random.lognormal(0, 0.5, 6)
+        above, below = (load * random.lognormal(0, 0.05, 6) for _ in range(2))
+        value, low, high = interval(1.2 * above, below)
+        held += low <= 1.2 <= high
+        assert low < value < high < 1.5
+    assert 0.9 <= held / 400 <= 0.99
+    assert interval([2.0], [1.0]) == (2.0, 0.0, math.inf)
+
+
+def test_machine_reads_and_multiplies():
+    """Bandwidth and peak are what a machine of our days reaches, and the floors follow from them."""
+    machine = Machine.measured()
+    assert 1e8 < machine.bandwidth < 1e13
+    assert 1e8 < machine.peak < 1e14
+    assert Machine(1e9, 1e12).decode_seconds(2_000_000_000) == 2.0
+    assert Machine(1e9, 1e12).prefill_seconds(10**9, 100) == 0.2
 
 
 def test_share_is_a_percentage_or_a_number():
