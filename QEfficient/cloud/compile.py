@@ -18,7 +18,10 @@ class Options:
     graph: Path = option(help="Folder of an exported graph, or its model.onnx.", positional=True)
     target: str = option("onnxruntime", "What to compile for.", metavar="NAME")
     precision: str = option("fp32", "How the base's weights are held: fp32, int8 or int4.", metavar="TYPE")
-    block_size: int = option(32, "Weights that share a scale (int8, int4): smaller is more exact and slower.")
+    block_size: int | None = option(
+        None,
+        "Weights that share a scale: smaller is more exact and slower. Default: 32 for int4, 128 for int8 (64 or 32 where rows ask for it).",
+    )
     zero_points: bool = option(
         False, "Give blocks a zero point (int8, int4): more exact where weights lean to one side."
     )

@@ -7,7 +7,7 @@ what it was compiled with.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ def compile_graph(
     *,
     target: str = "onnxruntime",
     precision: str = "fp32",
-    block_size: int = 32,
+    block_size: int | None = None,
     symmetric: bool = True,
     keep: Sequence[str] = (),
     batch_size: int | None = None,
@@ -46,7 +46,8 @@ def compile_graph(
         graph: A graph folder, as ``export`` writes it.
         target: Name of a target.
         precision: How the base's weights are held: ``"fp32"``, or in blocks of integers, ``"int8"`` or ``"int4"``.
-        block_size: Weights that share a scale: smaller blocks are more exact and slower.
+        block_size: Weights that share a scale: smaller blocks are more exact and slower. ``None``: see
+            :func:`default_block_size`.
         symmetric: Blocks have no zero point.
         keep: Patterns (``"lm_head*"``) of weight names that stay one step higher: int8 in an int4 program, fp32 in an int8 one.
         batch_size: Rows that sessions will use, recorded for them; ``None``: any.
@@ -71,6 +72,7 @@ def compile_graph(
     manifest = Manifest.read(graph)
     manifest.require_weights(graph)
     _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
+    block_size = default_block_size(precision, manifest.base) if block_size is None else block_size
     weights = _weights(precision, block_size, symmetric, keep)
     options = {
         "target": target,
@@ -134,6 +136,17 @@ def _weights(precision: str, block_size: int, symmetric: bool, keep: Sequence[st
     if keep and precision not in BITS:
         raise ConfigError(f"keep {', '.join(map(repr, keep))}: precision {precision} has nothing to keep from")
     return Precision(precision, block_size, symmetric, tuple(keep))
+
+
+def default_block_size(precision: str, base: Mapping[str, Any]) -> int:
+    """Return how many weights share a scale unless somebody chooses: 32 at 4 bits; at 8 bits up to 128, where nothing is lost by it.
+
+    At 8 bits it is the largest size that fills the rows of the embedding, which would stay float32 otherwise
+    (``docs/performance.md`` has the measurements). ``base`` is the manifest's.
+    """
+    hidden = base.get("config", {}).get("hidden_size")
+    fitting = [size for size in (128, 64) if precision == "int8" and isinstance(hidden, int) and hidden % size == 0]
+    return fitting[0] if fitting else 32
 
 
 def _is_whole(program: Path) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from QEfficient.compile import targets
-from QEfficient.compile.program import compile_graph
+from QEfficient.compile.program import compile_graph, default_block_size
 from QEfficient.contract import MODEL_FILE, Manifest
 from QEfficient.errors import ArtifactError, ConfigError, UnsupportedError
 from QEfficient.runtime.session import OrtSession
@@ -131,6 +131,29 @@ def test_wrong_options(graph, options, error, message):
     """Options that cannot be are refused with what could be."""
     with pytest.raises(error, match=message):
         compile_graph(graph, **options)
+
+
+@pytest.mark.parametrize(
+    ("precision", "hidden", "size"),
+    [
+        ("int4", 896, 32),
+        ("int8", 896, 128),
+        ("int8", 576, 64),
+        ("int8", 100, 32),
+        ("int8", None, 32),
+        ("fp32", 896, 32),
+    ],
+)
+def test_block_size_unless_chosen(precision, hidden, size):
+    """8 bits take the largest blocks that fill the rows of the embedding."""
+    assert default_block_size(precision, {"config": {"hidden_size": hidden}}) == size
+
+
+def test_the_block_size_is_recorded(graph):
+    """What was chosen for somebody is in the manifest as if they had, and makes the same program."""
+    program = compile_graph(graph, precision="int8")
+    assert Manifest.read(program).options["block_size"] == 64  # as long as a row of the embedding
+    assert compile_graph(graph, precision="int8", block_size=64) == program
 
 
 def test_damaged_files(graph, tmp_path):
