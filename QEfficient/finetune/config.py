@@ -34,6 +34,7 @@ class TrainConfig:
     train_file: Path | None = option(None, "Training data: .jsonl, .csv or .parquet.", metavar="FILE")
     val_file: Path | None = option(None, "Validation data; never trained on.", metavar="FILE")
     dataset: str | None = option(None, "Instead of train_file: folder or Hub id that the datasets library loads.")
+    dataset_config: str | None = option(None, "Configuration of the dataset, if it has several.", metavar="NAME")
     dataset_split: str = option("train", "Split of the dataset to train on.")
     val_dataset_split: str | None = option(None, "Split of the dataset to validate on.")
     val_share: float = option(0.0, "Share of the training data that is held out for validation instead.")
@@ -42,7 +43,7 @@ class TrainConfig:
         "Function that turns a row into one of a known format, or None to leave it out.",
         metavar="FILE.py:FUNCTION",
     )
-    streaming: bool = option(False, "Read a .jsonl row when its turn comes, for data larger than memory.")
+    streaming: bool = option(False, "Leave rows on disk and read one when its turn comes, for data larger than memory.")
     task_mode: str = option(
         "generation",
         "What is learned: to go on with a text, or which of some labels a text has (rows of text and label).",

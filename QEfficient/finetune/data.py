@@ -9,7 +9,7 @@ import dataclasses
 import json
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ import xxhash
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.formats import Row, Segment, detect_format, read_segments, read_task
-from QEfficient.finetune.sources import read_file, read_jsonl
-from QEfficient.store import digest_file
+from QEfficient.finetune.sources import read_file
+from QEfficient.finetune.streams import RowsOnDisk
 
 IGNORED = -100
 """Label of a token that takes no part in the loss."""
@@ -77,34 +77,49 @@ def to_example(row: Row, where: str, tokenizer: Any, context_length: int, data_f
 
 
 class StreamedExamples(Sequence[Example]):
-    """Examples of a JSONL file that are read when they are asked for; all rows were looked at once.
+    """Examples whose rows stay on disk and are read when they are asked for; all were looked at once.
 
     Attributes:
-        digest: Of the file.
+        digest: Of all rows, in order.
+        met: Which of ``watched`` are among them: what they are given and learn, as segments.
     """
 
-    def __init__(self, path: Path, tokenizer: Any, *, context_length: int, data_format: str = "auto") -> None:
-        self._path, self._tokenizer, self._context_length = path, tokenizer, context_length
-        self._format = data_format
-        self._offsets = array("q")
-        for offset, where, row in read_jsonl(path):
+    def __init__(
+        self,
+        rows: RowsOnDisk,
+        source: str,
+        tokenizer: Any,
+        *,
+        context_length: int,
+        data_format: str = "auto",
+        watched: Collection[tuple[Segment, ...]] = (),
+    ) -> None:
+        self._rows, self._source, self._tokenizer, self._context_length = rows, source, tokenizer, context_length
+        self._format, self._count = data_format, 0
+        hasher = xxhash.xxh3_128()
+        self.met: set[tuple[Segment, ...]] = set()
+        for where, row in rows.scan():
             if self._format == "auto":
                 self._format = detect_format(row, where)
-            read_segments(row, where, tokenizer, self._format)
+            segments = tuple(read_segments(row, where, tokenizer, self._format))
+            if segments in watched:
+                self.met.add(segments)
             read_task(row, where)
-            self._offsets.append(offset)
-        if not self._offsets:
-            raise ConfigError(f"{path} holds no examples")
-        self.digest = digest_file(path)
+            hasher.update(json.dumps(row, default=str).encode() + b"\n")
+            self._count += 1
+        if not self._count:
+            raise ConfigError(f"{source} holds no examples")
+        self.digest = hasher.hexdigest()
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return self._count
 
     def __getitem__(self, index: Any) -> Any:
-        with self._path.open("rb") as file:
-            file.seek(self._offsets[index])
-            row = json.loads(file.readline().decode("utf-8-sig"))
-        return to_example(row, str(self._path), self._tokenizer, self._context_length, self._format)
+        if not -self._count <= index < self._count:
+            raise IndexError(f"there is no example {index}, there are {self._count}")
+        index %= self._count
+        row, where = self._rows.read(index), f"{self._source}, row {index + 1}"
+        return to_example(row, where, self._tokenizer, self._context_length, self._format)
 
 
 def held_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:

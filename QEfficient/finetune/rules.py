@@ -32,13 +32,10 @@ _RULES: tuple[tuple[Callable[["TrainConfig"], object], str], ...] = (
         "packing leaves no padding for group_by_length to save: choose one",
     ),
     (
-        lambda c: not c.streaming or (c.train_file and c.train_file.suffix in JSONL),
-        "streaming reads .jsonl files only, not {c.train_file}",
+        lambda c: not (c.streaming and (c.packing or c.group_by_length or c.val_share)),
+        "streaming keeps no lengths and no rows: leave packing, group_by_length and val_share out",
     ),
-    (
-        lambda c: not (c.streaming and (c.packing or c.group_by_length or c.val_share or c.preprocess)),
-        "streaming does not see all rows beforehand: leave packing, group_by_length, val_share and preprocess out",
-    ),
+    (lambda c: c.dataset or not c.dataset_config, "dataset_config is given without a dataset"),
     (
         lambda c: c.task_mode == "generation" or not (c.packing or c.streaming or c.data_format != "auto" or c.test),
         "task_mode {c.task_mode!r} is trained on text and label: leave packing, streaming, data_format and test out",

@@ -7,7 +7,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
+
+import xxhash
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.formats import Row
@@ -23,7 +25,7 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     if path.suffix in JSONL:
         return ((where, row) for _, where, row in read_jsonl(path))
     if path.suffix == ".csv":
-        return read_csv(path)
+        return ((where, row) for _, where, row in read_csv(path))
     if path.suffix == ".parquet":
         return read_parquet(path)
     raise ConfigError(f"{path}: data ends in .csv, .parquet, {', '.join(JSONL)}")
@@ -52,22 +54,37 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, str, Row]]:
             yield start, where, row
 
 
-def read_csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a CSV file whose first line names the fields.
+def read_csv(path: Path) -> Iterator[tuple[int, str, Row]]:
+    """Yield offset, place and row of each row of a CSV file, whose first line names the fields.
 
     Raises:
         ConfigError: A row has more or fewer fields than the first, or the file is not UTF-8.
     """
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, restval=None, strict=True)
+    with path.open("rb") as file:
+        starts = [0]  # of the line that is read next
+        reader = csv.reader(decoded_lines(file, 0, starts), strict=True)
         try:
-            for row in reader:
+            fields = next(reader, [])
+            offset = starts[0]
+            for values in reader:
                 where = f"{path}:{reader.line_num}"
-                if None in row or None in row.values():
-                    raise ConfigError(f"{where}: must have {len(reader.fieldnames or [])} fields like the first line")
-                yield where, dict(row)
+                if values and len(values) != len(fields):
+                    raise ConfigError(f"{where}: must have {len(fields)} fields like the first line")
+                if values:
+                    yield offset, where, dict(zip(fields, values, strict=True))
+                offset = starts[0]
         except (csv.Error, UnicodeDecodeError) as e:
             raise ConfigError(f"{path}:{reader.line_num}: not CSV in UTF-8: {e}") from e
+
+
+def decoded_lines(file: BinaryIO, start: int, starts: list[int] | None = None) -> Iterator[str]:
+    """Yield lines as text, without the byte-order mark of a file's first; note in ``starts`` where the next one begins."""
+    offset = start
+    for line in file:
+        offset += len(line)
+        if starts is not None:
+            starts[0] = offset
+        yield line.decode("utf-8" if start or offset > len(line) else "utf-8-sig")
 
 
 def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
@@ -91,29 +108,58 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise ConfigError(f"{path}: not a Parquet file: {' '.join(str(e).split())}") from e
 
 
-def read_dataset(name: str, split: str) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a dataset that the datasets library loads: saved by it in a folder, or on the Hub.
+def read_dataset(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a dataset that the datasets library loads, each with its place; see :func:`load_table`."""
+    for number, row in enumerate(load_table(name, split, config), start=1):
+        yield f"{name}[{split}], row {number}", row
+
+
+def load_table(name: str | Path, split: str, config: str | None = None) -> Any:
+    """Return a table that the datasets library keeps on disk, whose rows are found by number.
+
+    Args:
+        name: A Parquet file; else a folder that the library saved, a folder laid out as on the Hub, or a Hub id.
+        split: Which part of it.
+        config: Which of its configurations, if it has several.
 
     Raises:
         ConfigError: It cannot be loaded, has no such split, or the library is not installed.
     """
     datasets = _optional("datasets", "datasets")
+    datasets.disable_progress_bars()
     folder = Path(name).expanduser()
     try:
-        if any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
-            found = datasets.load_from_disk(str(folder))
-            if hasattr(found, "keys"):
-                if split not in found:
-                    raise ConfigError(f"dataset {name!r} has no split {split!r}: it has {', '.join(found)}")
-                found = found[split]
-        else:
-            found = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, ConnectionError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        raise ConfigError(f"dataset {name!r} cannot be loaded: {' '.join(str(e).split())[:300]}") from e
-    for number, row in enumerate(found, start=1):
-        yield f"{name}[{split}], row {number}", row
+        if isinstance(name, Path):
+            return datasets.Dataset.from_parquet(str(name))
+        if not any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(name, config, split=split, cache_dir=_cache_of(folder, datasets))
+        found = datasets.load_from_disk(str(folder))
+        if hasattr(found, "keys"):
+            if split not in found:
+                raise ConfigError(f"dataset {name!r} has no split {split!r}: it has {', '.join(found)}")
+            found = found[split]
+    except ConfigError:
+        raise
+    except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as e:
+        cause = f" ({' '.join(str(e.__cause__).split())})" if e.__cause__ else ""
+        raise ConfigError(
+            f"dataset {str(name)!r} cannot be loaded: {' '.join(str(e).split())[:300]}{cause[:300]}"
+        ) from e
+    return found
+
+
+def _cache_of(folder: Path, datasets: Any) -> str | None:
+    """Return where the tables of a local folder's files are kept: elsewhere once a file has changed.
+
+    datasets 5.2 takes what it has built before for a folder whose README names configurations, whatever its files hold by now.
+    """
+    if not folder.is_dir():
+        return None
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    hasher = xxhash.xxh3_64()
+    for path in files:
+        hasher.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / hasher.hexdigest())
 
 
 def preprocessed(rows: Iterable[tuple[str, Row]], spec: str) -> Iterator[tuple[str, Row]]:
@@ -128,15 +174,24 @@ def preprocessed(rows: Iterable[tuple[str, Row]], spec: str) -> Iterator[tuple[s
     """
     function = load_function(spec)
     for where, row in rows:
-        try:
-            made = function(row)
-        except Exception as e:  # whatever the user's code raises belongs to this row
-            raise ConfigError(f"{where}: {spec} raised {type(e).__name__}: {e}") from e
-        if made is None:
-            continue
-        if not isinstance(made, dict):
-            raise ConfigError(f"{where}: {spec} returned {type(made).__name__}, not a row (dict) or None")
-        yield where, made
+        made = preprocess(function, row, where, spec)
+        if made is not None:
+            yield where, made
+
+
+def preprocess(function: Callable[[Row], Any], row: Row, where: str, spec: str) -> Row | None:
+    """Return what the user's function makes of a row, None if it shall be left out.
+
+    Raises:
+        ConfigError: The function failed, or returned something else than a row.
+    """
+    try:
+        made = function(row)
+    except Exception as e:  # whatever the user's code raises belongs to this row
+        raise ConfigError(f"{where}: {spec} raised {type(e).__name__}: {e}") from e
+    if made is not None and not isinstance(made, dict):
+        raise ConfigError(f"{where}: {spec} returned {type(made).__name__}, not a row (dict) or None")
+    return made
 
 
 def load_function(spec: str) -> Callable[[Row], Any]:

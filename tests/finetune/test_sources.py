@@ -9,7 +9,7 @@ import pytest
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.config import TrainConfig
-from QEfficient.finetune.data import Example, StreamedExamples, held_out, load_examples, rendered
+from QEfficient.finetune.data import Example, held_out, load_examples, rendered
 from QEfficient.finetune.sets import load_sets
 from QEfficient.finetune.sources import load_function, read_csv, read_dataset, read_file
 
@@ -142,16 +142,6 @@ def test_validation_file_with_training_data(
     config.val_file = write_rows({"text": "ab"}, name="val.jsonl")
     with pytest.raises(ConfigError, match="all 1 validation examples are training data, too"):
         load_sets(config, tokenizer)
-
-
-def test_streamed_examples_are_the_same(write_rows: Callable[..., Path], tokenizer: Any) -> None:
-    """Rows read on demand give the examples that reading all gives; broken ones are found beforehand."""
-    path = write_rows("", *ROWS, "")
-    streamed = StreamedExamples(path, tokenizer, context_length=64)
-    assert list(streamed) == load_examples(path, tokenizer, context_length=64)
-    assert streamed[2] == list(streamed)[2]
-    with pytest.raises(ConfigError, match=r"broken\.jsonl:2: 'text' must be text, not 3"):
-        StreamedExamples(write_rows({"text": "a"}, {"text": 3}, name="broken.jsonl"), tokenizer, context_length=64)
 
 
 def test_rendered_example_marks_what_is_learned(tokenizer: Any, write_rows: Callable[..., Path]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.batches import Collator
 from QEfficient.finetune.data import Example, StreamedExamples, digest, load_examples
+from QEfficient.finetune.streams import FileRows
 from QEfficient.finetune.train import check_tasks
 
 
@@ -17,7 +18,7 @@ def test_a_row_names_its_task(write_rows: Callable[..., Path], tokenizer: Any) -
     rows = write_rows({"text": "a", "task_id": 2}, {"text": "b"})
     examples = load_examples(rows, tokenizer, context_length=64)
     assert [e.task for e in examples] == [2, 0]
-    assert list(StreamedExamples(rows, tokenizer, context_length=64)) == examples
+    assert list(StreamedExamples(FileRows(rows), "data", tokenizer, context_length=64)) == examples
     assert Collator(0, tasks=3)([[e] for e in examples])["task_ids"].tolist() == [2, 0]
     assert "task_ids" not in Collator(0)([[e] for e in examples])
     assert digest(examples) != digest([Example(e.input_ids, e.labels) for e in examples])
