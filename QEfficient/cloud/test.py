@@ -45,6 +45,9 @@ class Options:
     skip: list[str] = option(
         [], "Report checks of this name as skipped, for this reason; may be repeated.", metavar="CHECK=REASON"
     )
+    engine: str = option(
+        "local", "'ray': over the Ray cluster that RAY_ADDRESS names, or one on this machine, in groups of adapters."
+    )
     jobs: int = option(1, "Processes that examine adapter folders; pays from some dozens of adapters on.")
     eval: Path | None = option(
         None, "Loss and perplexity on this text: rows with text, or prompt and completion.", metavar="JSONL"
@@ -72,16 +75,20 @@ def command(argv: Sequence[str]) -> int:
         raise ConfigError(f"--tokens must be at least 1, not {options.tokens}")
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {options.jobs}")
+    if options.engine not in ("local", "ray"):
+        raise ConfigError(f"--engine must be local or ray, not {options.engine!r}")
     from rich.console import Console
 
     from QEfficient.testing.render_terminal import view
 
     with _quiet(), _progress() as progress:
         from QEfficient.testing.checks_efficiency import Budgets, parse_share
+        from QEfficient.testing.cluster import run_on_ray
         from QEfficient.testing.conformance import run
 
+        ask = run_on_ray if options.engine == "ray" else run
         most = parse_share(options.max_overhead, "--max-overhead") if options.max_overhead else None
-        report = run(
+        report = ask(
             options.base,
             adapters,
             graph=options.graph,

@@ -53,7 +53,7 @@ def examine(name: str, path: str | Path, base: str, base_config: Any, selection:
     try:
         files = read_adapter(name, path, base, base_config)
     except QEffError as e:
-        return _unreadable(name, path, e)
+        return unreadable(name, path, e)
     found = Examined(describe_adapter(name, path, files), path=files.path, tokens=trained_tokens(files.config))
     found.digest = digest_file(files.path / "adapter_model.safetensors")
     added = tuple(c for c in catalog()[Stage.ADAPTER] if c.name not in _OURS)
@@ -140,14 +140,14 @@ def in_processes(
         for name in list(left)[:jobs]:  # work is handed out in order, so these were being done
             path = left.pop(name)
             why = f"no answer within {seconds:.0f} s: its examination hangs, or its process was killed (memory?)"
-            yield name, _unreadable(name, path, QEffError(f"adapter {name!r} ({path}): {why}"))
+            yield name, unreadable(name, path, QEffError(f"adapter {name!r} ({path}): {why}"))
 
 
 def _answer(answer: Any, name: str, path: str | Path) -> Examined:
     try:
         found: Examined = answer.get()
     except Exception as e:  # noqa: BLE001, RUF100 -- whatever went wrong there, the others go on
-        return _unreadable(name, path, QEffError(f"adapter {name!r}: {type(e).__name__}: {e}"))
+        return unreadable(name, path, QEffError(f"adapter {name!r}: {type(e).__name__}: {e}"))
     return found
 
 
@@ -170,7 +170,8 @@ def _base_of(base: str) -> Any:
     return read_base_config(base)
 
 
-def _unreadable(name: str, path: str | Path, error: QEffError) -> Examined:
+def unreadable(name: str, path: str | Path, error: QEffError) -> Examined:
+    """Return what a report shows of an adapter that could not be looked at."""
     wanted = "shapes" if isinstance(error, AdapterMismatchError) else "files"
     check = next(c for c in CHECKS if c.name == wanted)
     text = str(error)

@@ -81,8 +81,10 @@ def _merge_tolerance(reference: Reference, subject: str) -> float:
 
 @contextlib.contextmanager
 def _weights_kept(model: Any) -> Iterator[bool]:
-    """Keep a copy of every weight and put it back, bit by bit; yield whether there is memory for that."""
-    weights = list({id(p): p for p in (*model.parameters(), *model.buffers())}.values())
+    """Keep a copy of every weight that merging may touch and put it back, bit by bit; yield whether there is memory for that."""
+    adapted = [m for m in model.modules() if hasattr(m, "merge") and hasattr(m, "unmerge")]
+    tensors = [t for m in adapted for t in (*m.parameters(), *m.buffers())]
+    weights = list({id(t): t for t in tensors or (*model.parameters(), *model.buffers())}.values())
     if sum(p.nbytes for p in weights) * 1.2 > psutil.virtual_memory().available:
         yield False
         return

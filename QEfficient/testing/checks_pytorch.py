@@ -54,7 +54,9 @@ def _ask_disabled(reference: Reference, subject: str) -> Finding:
 def _from_base(reference: Reference, logits: list[Logits]) -> Difference:
     """Return how far logits of the workload are from those of the untouched base."""
     rows = enumerate(zip(logits, reference.untouched, strict=True))
-    return joined([difference([f"row {i}, position {p}" for p in range(len(a))], a, b) for i, (a, b) in rows])
+    return joined(
+        [difference([f"row {i}, position {p}" for p in range(len(a))], a, b, distribution=False) for i, (a, b) in rows]
+    )
 
 
 CHECKS: tuple[Check[Reference], ...] = (

@@ -75,7 +75,7 @@ def _judge(candidate: Candidate, subject: str, prompt: Tokens, chosen: Tokens) -
 
 def _compare(candidate: Candidate, subject: str, prompt: Tokens, chosen: Tokens) -> _Row:
     whole = np.concatenate([prompt, chosen[:-1]])
-    logits = candidate.reference.logits(subject, whole)[len(prompt) - 1 :].astype(np.float64)
+    logits = candidate.reference.logits(subject, whole, keep=len(chosen)).astype(np.float64)
     wanted = logits.argmax(axis=1)
     at = np.arange(len(chosen))
     lead = (logits[at, wanted] - logits[at, chosen]) / np.maximum(np.ptp(logits, axis=1), np.finfo(np.float32).tiny)

@@ -65,7 +65,9 @@ class Difference:
         return self.agreement / self.energy if self.energy else 0.0
 
 
-def difference(labels: list[str], got: Logits, want: Logits, base: Logits | None = None) -> Difference:
+def difference(
+    labels: list[str], got: Logits, want: Logits, base: Logits | None = None, *, distribution: bool = True
+) -> Difference:
     """Compare logits of the same positions.
 
     Args:
@@ -73,13 +75,15 @@ def difference(labels: list[str], got: Logits, want: Logits, base: Logits | None
         got: The engine's logits, ``(P, V)``.
         want: PyTorch's logits with the adapter, ``(P, V)``.
         base: PyTorch's logits without it, ``(P, V)``; None when the subject is the base.
+        distribution: Compare probabilities and most likely tokens as well.
     """
     got64, want64 = got.astype(np.float64), want.astype(np.float64)
     span = np.maximum(want64.max(axis=1) - want64.min(axis=1), np.finfo(np.float32).tiny)
     absolute = np.abs(got64 - want64)
     tokens = np.nan_to_num(absolute, nan=np.inf).argmax(axis=1)
     errors = absolute.max(axis=1) / span
-    kl, shared = _divergence(got64, want64), _shared(got64, want64, span)
+    none = np.zeros(0)
+    kl, shared = (_divergence(got64, want64), _shared(got64, want64, span)) if distribution else (none, none)
     if base is None:
         return Difference(tuple(labels), errors, np.zeros(0), tokens, kl=kl, shared=shared)
     change = want64 - base

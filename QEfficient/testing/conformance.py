@@ -13,8 +13,7 @@ from QEfficient.errors import ConfigError, QEffError
 from QEfficient.peft.loading import load_base
 from QEfficient.testing import checks_efficiency, quality
 from QEfficient.testing.adapter_stage import examine_all
-from QEfficient.testing.baseline import CHECKS as baseline_checks
-from QEfficient.testing.baseline import compare, read_report
+from QEfficient.testing.baseline import read_report
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
@@ -23,6 +22,7 @@ from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
 from QEfficient.testing.inputs import describe_base, read_base_config
 from QEfficient.testing.publish import publish
 from QEfficient.testing.reference import Reference, tokenizer_of
+from QEfficient.testing.regressions import regress
 from QEfficient.testing.report import Environment, Measurement, Outcome, Report, Stage
 from QEfficient.testing.selection import Progress, Selection, catalog, perform
 from QEfficient.testing.workload import default_tokens, make_workload
@@ -187,11 +187,7 @@ class _Tester:
 
     def regress(self, earlier: Report) -> None:
         """Compare with an earlier report."""
-        changes = compare(earlier, self.report)
-        known = {s.name for s in earlier.subjects}
-        for subject in self.report.subjects:
-            if subject.name in known:
-                self.check(Stage.BASELINE, baseline_checks, changes, subject.name)
+        regress(self.report, earlier, self.selection, self.progress)
 
     def attach(self, reference: Reference, name: str, path: Path) -> None:
         """Load one adapter with PEFT; one that PEFT refuses is reported and left out, unless it is the last."""
@@ -258,7 +254,7 @@ class _Tester:
 
     def check(self, stage: Stage, checks: Sequence[Check[C]], context: C, subject: str) -> None:
         """Ask the questions of one stage about one subject."""
-        asked_for = stage in (Stage.EFFICIENCY, Stage.QUALITY, Stage.BASELINE)  # by an option of their own
+        asked_for = stage in (Stage.EFFICIENCY, Stage.QUALITY)  # by an option of their own
         selection = Selection(skip=self.selection.skip) if asked_for else self.selection
         self.report.results += perform(stage, checks, context, subject, selection, self.progress)
 

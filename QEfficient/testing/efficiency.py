@@ -7,6 +7,7 @@ the machine does hits both; a value is the median of its repetitions, a ratio is
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -21,15 +22,14 @@ from QEfficient.testing.workload import Tokens
 
 _PREFILL = 128
 _DECODE = 24
-_REPEATS = 5
+_REPEATS = 3
 _SWITCHES = 8
 _ROWS = (2, 4, 8)
-_ROW_STEPS = 4
+_ROW_STEPS = 3
 _PAIRS = 8
-_PAIR_STEPS = 4
-_FEWEST_STEPS = 4
-_FEWEST_PAIRS = 3
-_SUBJECT_SECONDS = 5.0
+_PAIR_STEPS = 3
+_FEWEST_PAIRS = 4
+_SUBJECT_SECONDS = 4.0
 _BUDGET_SECONDS = 20.0
 
 Times = dict[tuple[str, str], list[list[float]]]
@@ -79,42 +79,52 @@ def measure(
 
 
 def _measure_subject(engines: dict[str, Engine], subject: str, tokens: Tokens, decode: int) -> list[Measurement]:
-    """Measure in turns, after a short prompt to warm up; at least twice, whatever the time."""
+    """Measure in turns, after a short prompt to warm up; at least a few, whatever the time."""
+    times: Times = {}
     for engine in engines.values():
         engine.select(subject)
         engine.step(engine.start(_short(tokens)))
-    times: Times = {}
     begin = time.perf_counter()
-    for repeat in range(_REPEATS):
+    for _ in range(_REPEATS):
         for name, engine in engines.items():
             engine.select(subject)
-            for key, values in _turn(engine, tokens, decode).items():
-                times.setdefault((name, key), []).append(values)
-        if repeat and time.perf_counter() - begin > _SUBJECT_SECONDS:
+            for key, prompt in (("prefill", tokens), ("first", _short(tokens))):
+                times.setdefault((name, key), []).append([_timed(engine.start, prompt)[1]])
+        if time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
             break
+    _decode(engines, subject, tokens, decode, times)
     steps = [[float(np.median(turn)) for turn in times[name, "step"]] for name in ("pytorch", "program")]
     found = [m for name in engines for m in _metrics(name, subject, times, len(tokens))]
     return [*found, Measurement("program", subject, "speedup", *interval(*steps))]
 
 
-def _turn(engine: Engine, tokens: Tokens, decode: int) -> dict[str, list[float]]:
-    """Read a long prompt, then a short one, then decode; a slow engine decodes less."""
+def _decode(engines: dict[str, Engine], subject: str, tokens: Tokens, decode: int, times: Times) -> None:
+    """Add short turns of decoding: the shorter, the more alike is what the machine does beside the two of a pair."""
+    last = dict.fromkeys(engines, 0)
+    for name, engine in engines.items():
+        engine.select(subject)
+        last[name] = engine.start(_short(tokens))
     begin = time.perf_counter()
-    engine.start(tokens)
-    whole = time.perf_counter() - begin
-    begin = time.perf_counter()
-    token = engine.start(_short(tokens))
-    first = time.perf_counter() - begin
-    steps: list[float] = []
-    while len(steps) < decode and (len(steps) < _FEWEST_STEPS or sum(steps) < _SUBJECT_SECONDS / 2):
-        token, seconds = _step(engine, token)
+    for turn in range(max(1, decode // _PAIR_STEPS)):
+        for name, engine in engines.items():
+            engine.select(subject)
+            last[name], steps = _steps(engine, last[name])
+            times.setdefault((name, "step"), []).append(steps)
+        if turn + 1 >= _FEWEST_PAIRS and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
+            break
+
+
+def _steps(engine: Engine, token: int) -> tuple[int, list[float]]:
+    steps = []
+    for _ in range(_PAIR_STEPS):
+        token, seconds = _timed(engine.step, token)
         steps.append(seconds)
-    return {"prefill": [whole], "first": [first], "step": steps}
+    return token, steps
 
 
-def _step(engine: Engine, token: int) -> tuple[int, float]:
+def _timed(call: Callable[[Any], int], argument: Any) -> tuple[int, float]:
     begin = time.perf_counter()
-    token = engine.step(token)
+    token = call(argument)
     return token, time.perf_counter() - begin
 
 
@@ -146,11 +156,7 @@ def _overhead(engine: Engine, name: str, tokens: Tokens) -> Measurement:
     for pair in range(_PAIRS):
         for subject in (BASE, name) if pair % 2 else (name, BASE):
             engine.select(subject)
-            token, steps = engine.start(tokens[:2]), []
-            for _ in range(_PAIR_STEPS):
-                token, seconds = _step(engine, token)
-                steps.append(seconds)
-            times[subject].append(float(np.median(steps)))
+            times[subject].append(float(np.median(_steps(engine, engine.start(tokens[:2]))[1])))
         if pair + 1 >= _FEWEST_PAIRS and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
             break
     return Measurement("program", name, "overhead", *(v - 1 for v in interval(times[name], times[BASE])))
@@ -162,7 +168,7 @@ def _switches(engine: Engine, name: str, tokens: Tokens) -> list[float]:
     token = engine.start(_short(tokens))
     taken: list[float] = []
     most = min(_SWITCHES, 3 * len(tokens) // 8)  # each takes two positions of the cache
-    while len(taken) < most and sum(taken) < 1e3 * _SUBJECT_SECONDS / 4:
+    while len(taken) < most and sum(taken) < 1e3 * _SUBJECT_SECONDS / 5:
         engine.select(BASE)
         token = engine.step(token)
         begin = time.perf_counter()
@@ -178,13 +184,13 @@ def _batches(name: str, engine: Engine, subject: str, prompt: Tokens) -> list[Me
     engine.select(subject)
     begin = time.perf_counter()
     for rows in _ROWS:
-        if found and time.perf_counter() - begin > _SUBJECT_SECONDS:
+        if found and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
             break
         engine.resize(rows)
-        token, _ = _step(engine, engine.start(prompt[:2]))
+        token = engine.step(engine.start(prompt[:2]))
         speeds = []
         for _ in range(_ROW_STEPS):
-            token, seconds = _step(engine, token)
+            token, seconds = _timed(engine.step, token)
             speeds.append(rows / seconds)
         found.append(_summary(name, subject, f"throughput_{rows}_tokens_per_second", speeds))
     engine.resize(1)

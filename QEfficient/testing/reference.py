@@ -116,10 +116,10 @@ class Reference:
             self._disabled = [self.logits(BASE, row) for row in self.workload.rows]
         return self._disabled or self.untouched
 
-    def logits(self, subject: str | None, tokens: Tokens) -> Logits:
-        """Return the logits ``(len(tokens), V)`` of one row; None takes the model as it is."""
+    def logits(self, subject: str | None, tokens: Tokens, keep: int = 0) -> Logits:
+        """Return the logits ``(len(tokens), V)`` of one row, or of its last ``keep`` tokens; None takes the model as it is."""
         with self.selected(subject) if subject is not None else contextlib.nullcontext():
-            return self._forward(tokens)
+            return self._forward(tokens, keep)
 
     def last_logits(self, subject: str, tokens: Tokens, count: int) -> Logits:
         """Return the logits ``(count, V)`` of the last tokens of a long row."""
