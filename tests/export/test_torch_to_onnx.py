@@ -76,20 +76,6 @@ def test_logits_equal_pytorch(style: str, tmp_path: Path) -> None:
     assert worst(model, "a", folder, chunk=1) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", ["fresh", "equal"])
-def test_equal_tensors_stay_apart(case: str, tmp_path: Path) -> None:
-    """Tensors with equal values (all B are zero at first) are inputs of their own, and each is read where it belongs."""
-    model = make_peft(make_base("llama"), scale=0.0, name="a")
-    if case == "equal":
-        for path, parameter in model.named_parameters():
-            if "lora_" in path:
-                parameter.data.fill_(0.05)
-    folder = export_graph(model, tmp_path / "graph", adapter_name="a")
-    assert worst(model, "a", folder) < TOLERANCE
-    perturb(model, "a", seed=9)
-    assert worst(model, "a", folder) < TOLERANCE
-
-
 def test_logits_of_every_position(tmp_path: Path) -> None:
     """With ``logits="all"`` the graph returns ``(B, S, V)``, each position PyTorch's."""
     model = make_peft(make_base("llama"), name="a")
@@ -98,15 +84,6 @@ def test_logits_of_every_position(tmp_path: Path) -> None:
     assert worst(model, "a", folder, chunk=5) < TOLERANCE
     with pytest.raises(ConfigError, match="logits must be one of last, all, not 'some'"):
         export_graph(model, tmp_path / "graph", adapter_name="a", logits="some")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_base(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A half precision base is exported with its own weights; the graph computes on them in float32."""
-    base = make_base("llama").to(dtype)
-    folder = export_graph(make_peft(base, name="a"), tmp_path / "graph", adapter_name="a")
-    wide = make_base("llama").to(dtype).float()
-    assert worst(make_peft(wide, name="a"), "a", folder) < TOLERANCE
 
 
 def test_weights_stay_in_the_checkpoint(tmp_path: Path) -> None:
@@ -166,13 +143,6 @@ def hash_of(model: PeftModel, folder: Path, name: str = "a") -> str:
     return Manifest.read(export_graph(model, folder / "graph", adapter_name=name)).hash
 
 
-def test_what_is_no_part_of_the_graph_shares_it(tmp_path: Path) -> None:
-    """Name, values, rank, scaling and dropout of an adapter do not make another graph."""
-    first = hash_of(make_peft(make_base("llama"), name="a"), tmp_path)
-    other = lora(r=16, lora_alpha=3, lora_dropout=0.5, use_rslora=True, init_lora_weights="gaussian")
-    assert hash_of(make_peft(make_base("llama"), seed=9, config=other, name="b"), tmp_path, "b") == first
-
-
 def test_other_adapters_are_no_part_of_the_graph(tmp_path: Path) -> None:
     """A model with another adapter loaded exports the same graph."""
     first = hash_of(make_peft(make_base("llama"), name="a"), tmp_path)
@@ -193,23 +163,6 @@ def test_what_shapes_the_graph_makes_another(what: str, tmp_path: Path) -> None:
         adapter = lora(target_modules=["q_proj"]) if what == "targets" else lora(use_dora=True)
     first = hash_of(make_peft(make_base("llama"), name="a"), tmp_path)
     assert hash_of(make_peft(make_base(config, seed=seed), config=adapter, name="a"), tmp_path) != first
-
-
-def test_checkpoint_overwritten_in_place(tmp_path: Path) -> None:
-    """A graph of an overwritten checkpoint is not served: its linked weights are no longer what was exported."""
-    base = save_base(tmp_path / "base", seed=0)
-
-    def export() -> Path:
-        model = make_peft(AutoModelForCausalLM.from_pretrained(base), name="a")
-        folder = export_graph(model, tmp_path / "graph", adapter_name="a", checkpoint=Checkpoint(base))
-        assert worst(model, "a", folder) < TOLERANCE
-        return folder
-
-    first = export()
-    content = make_base("llama", seed=1)
-    content.save_pretrained(tmp_path / "new")
-    (base / "model.safetensors").write_bytes((tmp_path / "new" / "model.safetensors").read_bytes())
-    assert export() != first
 
 
 def test_damaged_graph_is_made_again(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def test_graph_from_config_and_index(sharded: Path, tmp_path: Path) -> None:
         onnxruntime.InferenceSession(folder / "model.onnx")
 
 
+@pytest.mark.slow
 def test_the_index_is_its_identity(sharded: Path, tmp_path: Path) -> None:
     """The same index finds the same graph; another index is another one."""
     adapter = save_adapter(sharded, tmp_path / "a")

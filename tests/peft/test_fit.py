@@ -63,7 +63,10 @@ CASES: dict[str, tuple[PeftConfig, PeftConfig, PeftConfig, str]] = {
 }
 
 
-@pytest.mark.parametrize("method", CASES)
+SLOW = {"loha", "lokr", "oft"}  # by the same code as the others; kept out of the default run for its length
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=[pytest.mark.slow] if m in SLOW else []) for m in CASES])
 def test_fits_as_its_tensors_do(method: str, tmp_path: Path) -> None:
     """Another adapter whose tensors fit runs on the graph as in PyTorch; the first difference of one that does not is named."""
     first, fits, not_fits, message = (copy.deepcopy(part) for part in CASES[method])

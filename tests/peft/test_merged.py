@@ -35,7 +35,7 @@ def logits(folder: Path, adapter: str | None = None) -> np.ndarray:
     return session.run(ROW, np.arange(ROW.shape[1])[None])[0, -1]  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "loha"])
+@pytest.mark.parametrize("method", ["lora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("dora", "loha"))])
 def test_merged_graph_is_pytorch_s_merged_model(method: str, tmp_path: Path) -> None:
     """Its logits are those of ``merge_and_unload`` and of the graph with the adapter as input; it has no adapter input."""
     config: PeftConfig = {

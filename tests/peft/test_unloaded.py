@@ -3,12 +3,16 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from peft import IA3Config
+from peft import IA3Config, PeftModel, PolyConfig
 from transformers import AutoModelForCausalLM
 
 from QEfficient import QEffAutoPeftModelForCausalLM
+from QEfficient.cloud.__main__ import main
 from QEfficient.errors import AdapterMismatchError
+from QEfficient.peft.adapters import Adapter, read_exported
+from QEfficient.peft.tasks import choose_task
 from QEfficient.peft.unloaded import export_adapters
 from tests.tiny import STYLES, lora, save_adapter, save_base
 
@@ -47,3 +51,22 @@ def test_methods_that_need_the_base_load_it(tmp_path: Path) -> None:
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     folder = export_adapters(base, {"a": save_adapter(base, tmp_path / "a", config=config)}, tmp_path / "graph")
     assert (folder / "neutral.safetensors").is_file()
+
+
+def test_a_task_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--task`` takes that task's tensors; a number that the adapter has not, and a name that was not given, are refused."""
+    base = save_base(tmp_path / "base")
+    config = PolyConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, n_tasks=3, n_skills=2)
+    adapter = save_adapter(base, tmp_path / "x", config=config)
+    argv = ["export", str(base), "--adapter", f"x={adapter}", "--output", str(tmp_path / "graph")]
+    assert main([*argv, "--task", "x=2"]) == 0
+    (folder,) = tmp_path.glob("graph-*")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter), adapter_name="x")
+    choose_task(model, "x", 2)
+    got, want = read_exported(folder / "adapters" / "x.safetensors"), Adapter.from_model(model, "x")
+    assert got.tensors.keys() == want.tensors.keys()
+    assert all(np.array_equal(got.tensors[name], array) for name, array in want.tensors.items())
+    assert main([*argv, "--task", "x=3"]) == 2
+    assert "has 3 task(s), numbered from 0; there is no task 3" in capsys.readouterr().err
+    assert main([*argv, "--task", "y=1"]) == 2
+    assert "--task takes NAME=N, a number for one of x, not 'y=1'" in capsys.readouterr().err
