@@ -41,6 +41,10 @@ ONE_TOKEN = "one_token"
 """Manifest option of a graph or program: a call takes one token of each row, and every row has one, since each token changes
 a recurrent state. A session splits calls. A row whose position is 0 begins with an empty state."""
 
+ALL_TARGETS = "all_targets"
+"""Manifest option of a graph: an adapter has to bring every input. None of them is without effect by its own value, since
+targets share tensors (a bank of vectors, say) that an adapter without some of the targets fills."""
+
 MIXED = "mixed"
 """Manifest option of a program: rows of one call may run with different adapters. The adapters stand side by side along the
 rank, and the input ``ADAPTER_MASK`` says which ranks count for which row."""

@@ -15,7 +15,7 @@ import xxhash
 from safetensors.numpy import save_file
 from torch import Tensor, nn
 
-from QEfficient.contract import MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
+from QEfficient.contract import ALL_TARGETS, MANIFEST_FILE, MODEL_FILE, NEUTRAL_FILE, ONE_TOKEN, Manifest
 from QEfficient.errors import ArtifactError, ConfigError, UnsupportedError
 from QEfficient.export.lift import Lifted, base_name, graph_fields, inner_model, lift, plain, refuse, shapes_graph
 from QEfficient.export.skeleton import longest_context, skeleton_of
@@ -36,6 +36,19 @@ LOGITS_CHOICES = ("last", "all")
 _VERSIONED = ("efficient-transformers", "torch", "transformers", "peft", "onnx", "onnxscript")
 
 
+@dataclass(frozen=True, slots=True)
+class Neutral:
+    """What makes adapter inputs nothing.
+
+    Attributes:
+        tensors: Values by input name, where they are not zero.
+        apart: Whether one target's values make it nothing, whatever the others hold.
+    """
+
+    tensors: Mapping[str, np.ndarray]
+    apart: bool = True
+
+
 def export_graph(
     model: nn.Module,
     destination: Path,
@@ -44,7 +57,7 @@ def export_graph(
     checkpoint: Checkpoint | None = None,
     logits: str = "last",
     weights: str = "linked",
-    neutral: Callable[[], Mapping[str, np.ndarray]] | None = None,
+    neutral: Callable[[], Neutral] | None = None,
 ) -> Path:
     """Export ``model`` to ``<destination>-<hash>/``, unless that graph is already there and whole.
 
@@ -57,7 +70,7 @@ def export_graph(
         logits: ``"last"`` or ``"all"``: see the contract.
         weights: ``"linked"``; ``"written"``: files of the checkpoint are copied, so that the folder stands alone;
             ``"absent"``: ``checkpoint`` is a :class:`CheckpointIndex`, and the graph cannot be run.
-        neutral: Returns the values of adapter inputs that make the graph the bare base, where they are not zero.
+        neutral: Returns the values of adapter inputs that make the graph the bare base.
 
     Returns:
         The graph's folder.
@@ -119,20 +132,23 @@ def prepare_graph(
     return Prepared(folder, manifest, base, traced)
 
 
-def save_graph(prepared: "Prepared", neutral: Callable[[], Mapping[str, np.ndarray]] | None = None) -> Path:
+def save_graph(prepared: "Prepared", neutral: Callable[[], Neutral] | None = None) -> Path:
     """Write a prepared graph's folder aside and move it in, unless it is there; return it. The model can be saved once."""
     folder, base, traced = prepared.folder, prepared.base, prepared.traced
     if traced is None:
         return folder
     with written_aside(folder, is_whole=is_whole) as aside:
         _write(traced, base, aside, copy=prepared.manifest.options.get("weights") == "written")
-        if neutral is not None and traced.adapter and (values := neutral()):
-            save_file(dict(values), str(aside / NEUTRAL_FILE))
+        options = prepared.manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
+        if neutral is not None and traced.adapter:
+            none = neutral()
+            if none.tensors:
+                save_file(dict(none.tensors), str(aside / NEUTRAL_FILE))
+            options |= {} if none.apart else {ALL_TARGETS: True}
         files = {
             p.name: record_file(p, base.checkpoint.known(p) if base.checkpoint else None)
             for p in sorted(aside.iterdir())
         }
-        options = prepared.manifest.options | ({ONE_TOKEN: True} if traced.one_token else {})
         replace(prepared.manifest, states=traced.states, adapter=traced.adapter, files=files, options=options).write(
             aside
         )

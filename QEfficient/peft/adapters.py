@@ -19,7 +19,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from QEfficient.contract import ADAPTERS_DIR, BASE, NEUTRAL_FILE, AdapterSpec, Manifest
+from QEfficient.contract import ADAPTERS_DIR, ALL_TARGETS, BASE, NEUTRAL_FILE, AdapterSpec, Manifest
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError
 from QEfficient.export.lift import graph_fields, lift, plain, shapes_graph
 from QEfficient.peft.virtual_tokens import first_entries
@@ -190,6 +190,12 @@ def fit(adapter: Adapter, manifest: Manifest, neutral: Mapping[str, np.ndarray] 
                 f"adapter {adapter.name!r} does not fit the graph: it has {name!r}, which is not an input of the graph. "
                 f"Export again with {adapter.name!r} active."
             )
+    lacks = next((name for name in specs if name not in given), None)
+    if lacks is not None and manifest.options.get(ALL_TARGETS):
+        raise AdapterMismatchError(
+            f"adapter {adapter.name!r} does not fit the graph: it lacks {lacks!r}, an input without which no other value "
+            f"makes its target nothing. Export again with {adapter.name!r} active."
+        )
     rank = max((_rank(specs[n], a) for n, a in given.items()), default=1)
     fitted = {}
     for name, spec in specs.items():

@@ -6,6 +6,7 @@ one for IA3, the norms of the base's weights for DoRA. Tensors with a rank need 
 """
 
 import copy
+from collections import Counter
 
 import numpy as np
 import torch
@@ -14,21 +15,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from QEfficient.export.lift import inner_model, lift
+from QEfficient.export.lift import Lifted, inner_model, lift
+from QEfficient.export.torch_to_onnx import Neutral
 from QEfficient.peft.adapters import to_numpy
 from QEfficient.peft.tasks import choose_task, task_of
 
 
-def neutral_of(model: PeftModel, name: str) -> dict[str, np.ndarray]:
+def neutral_of(model: PeftModel, name: str) -> Neutral:
     """Return the neutral value of every input of adapter ``name`` that has no rank and is not zero.
 
-    A fresh adapter is tried first, then one that is zero all over (some methods start with a small effect). The model is
-    not changed; the base's weights are shared with it, not copied. If neither leaves the base as it is (PEFT changes the
-    base itself: replicated layers, say), the fresh adapter's values are returned: ``qefficient test`` will tell.
+    A fresh adapter is tried first, then one that is zero all over (some methods start with a small effect). Better than
+    one that is nothing as a whole is one whose targets are nothing apart: an adapter may bring some of the targets, and
+    with them the tensors that all targets share. The model is not changed; the base's weights are shared with it, not
+    copied. If neither leaves the base as it is (PEFT changes the base itself: replicated layers, say), the fresh
+    adapter's values are returned: ``qefficient test`` will tell.
     """
     lifted = lift(model, name)
     if lifted.rank_axes.keys() == lifted.adapter.keys():
-        return {}
+        return Neutral({})
     bare = _bare_copy(model)
     ids = torch.arange(3, 6)[None]
     with torch.no_grad():
@@ -36,14 +40,35 @@ def neutral_of(model: PeftModel, name: str) -> dict[str, np.ndarray]:
         fresh_model = get_peft_model(bare, _fresh(model.peft_config[name]), adapter_name=name).eval()
         choose_task(fresh_model, name, task_of(model, name))
         fresh = lift(fresh_model, name)
+
+        def is_base() -> bool:
+            return _close(fresh_model(input_ids=ids).logits, want)
+
+        def is_base_apart() -> bool:
+            for tensor in _shared(fresh):
+                tensor.normal_(generator=torch.Generator().manual_seed(0))
+            return is_base()
+
         values = {n: to_numpy(t).copy() for n, t in fresh.adapter.items() if n not in fresh.rank_axes}
-        if not _close(fresh_model(input_ids=ids).logits, want):
+        whole = is_base()
+        apart = whole and is_base_apart()
+        if not apart:
             for tensor in fresh.adapter.values():
                 if tensor.dtype.is_floating_point:
                     tensor.zero_()
-            if _close(fresh_model(input_ids=ids).logits, want):
+            zeros_whole = is_base()
+            apart = zeros_whole and is_base_apart()
+            if zeros_whole and (apart or not whole):
                 values = {n: v for n, v in values.items() if not np.issubdtype(v.dtype, np.floating)}
-    return {n: value for n, value in values.items() if n in lifted.adapter and value.any()}
+            whole = whole or zeros_whole
+    found = {n: value for n, value in values.items() if n in lifted.adapter and value.any()}
+    return Neutral(found, apart=apart or not whole)
+
+
+def _shared(lifted: Lifted) -> list[torch.Tensor]:
+    """Return the adapter's tensors that stand in several modules."""
+    places = Counter([*lifted.sites.values(), *lifted.entries, *lifted.shared.values()])
+    return [t for n, t in lifted.adapter.items() if places[n] > 1 and t.dtype.is_floating_point]
 
 
 def _fresh(config: PeftConfig) -> PeftConfig:

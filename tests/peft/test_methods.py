@@ -22,6 +22,7 @@ from peft import (
     PolyConfig,
     ShadowConfig,
     ShiraConfig,
+    TinyLoraConfig,
     VBLoRAConfig,
     VeraConfig,
     XLoraConfig,
@@ -29,10 +30,11 @@ from peft import (
 )
 
 from QEfficient import QEffAutoPeftModelForCausalLM
-from QEfficient.contract import Manifest
+from QEfficient.contract import ALL_TARGETS, AdapterSpec, Manifest
 from QEfficient.errors import AdapterMismatchError, UnsupportedError
 from QEfficient.export.lift import lift, refuse
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors
+from QEfficient.peft.neutral import neutral_of
 from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import OrtSession
@@ -162,3 +164,31 @@ def test_a_number_that_is_no_input_must_be_equal(tmp_path: Path) -> None:
     other = Adapter("other", ShadowConfig(task_type="CAUSAL_LM", r=4, shadow_alpha=0.3), {}, {})
     with pytest.raises(AdapterMismatchError, match=r"shadow_alpha is 0.3, exported with 0.1"):
         fit(other, manifest)
+
+
+@pytest.mark.parametrize(
+    ("config", "apart"),
+    [
+        (VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=8), True),
+        (TinyLoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), True),
+        (
+            VBLoRAConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, num_vectors=8, vector_length=8, topk=2),
+            False,
+        ),
+    ],
+    ids=["vera", "tinylora", "vblora"],
+)
+def test_missing_target_beside_shared_tensors(config: PeftConfig, apart: bool) -> None:
+    """What targets share must not give an effect to a target that an adapter lacks; where it always does, that is said."""
+    model = get_peft_model(make_base("llama"), copy.deepcopy(config), adapter_name="a")
+    assert neutral_of(model, "a").apart == apart
+
+
+def test_adapter_that_lacks_a_needed_target_is_refused() -> None:
+    """A graph none of whose targets can be nothing by itself takes adapters with all of them."""
+    config = lora(target_modules=TARGETS)
+    spec = AdapterSpec("bank", (2,))
+    made = Manifest("", {}, config.to_dict(), (), (spec,), "last", VOCAB, 0, {}, {}, {ALL_TARGETS: True})
+    with pytest.raises(AdapterMismatchError, match="lacks 'bank'"):
+        fit(Adapter("some", config, {}, {}), made)
+    assert fit(Adapter("all", config, {"bank": np.ones(2, np.float32)}, {}), made)["bank"].tolist() == [1, 1]
