@@ -105,7 +105,10 @@ class Loader:
     def _scalings_of(self, adapter: Adapter) -> dict[str, float]:
         skeleton = skeleton_of(self.base, {adapter.name: adapter})
         if skeleton is None:
-            raise UnsupportedError(f"the file of adapter {adapter.name!r} does not bring all that its method needs")
+            raise UnsupportedError(
+                f"adapter {adapter.name!r} has more than matrices of linear layers (DoRA, modules_to_save, …), which this server's "
+                "graph has no inputs for; merge it and serve it as a base of its own"
+            )
         return lift(skeleton, adapter.name).scalings
 
 

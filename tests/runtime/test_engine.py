@@ -305,3 +305,15 @@ def test_prefixes_are_bounded_and_can_be_left_out(tiny, program):
         for prompt in (prompts[0], prompts[0]):
             ids_of(engine.submit(Request(prompt_ids=prompt, max_new_tokens=1)))
         assert engine.stats().prompt_tokens == 32
+
+
+def test_a_long_prompt_does_not_stall_decoding(tiny, program):
+    """While a prompt of 40 tokens is taken in 8 chunks, the row that decodes gets a token after each."""
+    engine, order = with_adapters(make_engine(program), tiny), []
+    streams = []
+    for name, prompt, count in (("one", [1], 20), ("two", list(range(40)), 2)):
+        streams.append(engine.submit(Request(prompt_ids=prompt, adapter=name, max_new_tokens=count)))
+        streams[-1].on_token = lambda token, name=name: order.append(name) if token else None
+    with engine:
+        assert all(s.wait() for s in streams)
+    assert order.index("two") == 2 + 7  # two tokens of the first turn, and one for each chunk but the last

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from QEfficient.runtime.requests import Request
+from QEfficient.serve.registry import Registry
+from QEfficient.serve.server import Server
+from QEfficient.serve.start import build
 from tests.tiny import SHAPE, lora, save_adapter, save_base
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
@@ -138,3 +142,34 @@ def start(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
 def served(start: Callable[..., Running]) -> Running:
     """Start the server that most tests share."""
     return start()
+
+
+@pytest.fixture(scope="session")
+def server(place: Place) -> Iterator[Server]:
+    """Make a server without HTTP that knows five adapters."""
+    names = ["one", "two", "three", "four", "five"]
+    for seed, name in enumerate(names[2:], 3):
+        place.add(name, seed=seed)
+    made = build(str(place.base), {n: place.adapters / n for n in names}, slots=2, ctx_len=64, threads=1)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def registry(server: Server, place: Place) -> Iterator[Registry]:
+    """Make a new registry on the server's engine, without bound, that knows three adapters."""
+    server.engine.residents.max_bytes = None
+    made = Registry(server.engine.residents, server.registry.source)
+    for name in ("one", "two", "three"):
+        made.register(name, place.adapters / name)
+    yield made
+    made.close()
+    for name in server.engine.adapters:
+        server.engine.unload_adapter(name)
+
+
+def tokens(server: Server, version: str, prompt: Sequence[int] = (70, 71, 72)) -> list[int]:
+    """Return what a version answers."""
+    stream = server.engine.submit(Request(prompt_ids=prompt, adapter=version, max_new_tokens=6))
+    assert stream.wait(600)
+    return [t.id for t in stream.tokens]

@@ -3,51 +3,15 @@
 
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, AdaptersFullError, ConfigError
-from QEfficient.runtime.requests import Request
 from QEfficient.serve.entries import State
 from QEfficient.serve.registry import Registry
 from QEfficient.serve.server import Server
-from QEfficient.serve.start import build
-from tests.serve.conftest import Place
-
-PROMPT = [70, 71, 72]
-
-
-@pytest.fixture(scope="module")
-def server(place: Place) -> Iterator[Server]:
-    """Make a server without HTTP that knows five adapters."""
-    names = ["one", "two", "three", "four", "five"]
-    for seed, name in enumerate(names[2:], 3):
-        place.add(name, seed=seed)
-    made = build(str(place.base), {n: place.adapters / n for n in names}, slots=2, ctx_len=64, threads=1)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def registry(server: Server, place: Place) -> Iterator[Registry]:
-    """Make a new registry on the server's engine, without bound, that knows three adapters."""
-    server.engine.residents.max_bytes = None
-    made = Registry(server.engine.residents, server.registry.source)
-    for name in ("one", "two", "three"):
-        made.register(name, place.adapters / name)
-    yield made
-    made.close()
-    for name in server.engine.adapters:
-        server.engine.unload_adapter(name)
-
-
-def tokens(server: Server, version: str) -> list[int]:
-    """Return what a version answers."""
-    stream = server.engine.submit(Request(prompt_ids=PROMPT, adapter=version, max_new_tokens=6))
-    assert stream.wait(600)
-    return [t.id for t in stream.tokens]
+from tests.serve.conftest import Place, tokens
 
 
 def states(registry: Registry) -> dict[str, State]:
