@@ -13,21 +13,17 @@ LoRA. What is named with ``--skip`` stays out: a run of a few minutes may measur
 import gc
 import importlib.util
 import json
-import platform
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
+from genai_peer import open_genai
 from llama_cpp_peer import LlamaCpp, write_adapter, write_base
+from machine import machine, read_bytes_per_second
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -41,7 +37,6 @@ from QEfficient.runtime.session import OrtSession
 
 VOCAB = 151936
 ALPHA, RANK = 32, 16
-_DISTRIBUTIONS = {"onnxruntime_genai": "onnxruntime-genai", "llama_cpp": "llama-cpp-python"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,9 +49,17 @@ class Options:
     tokens: int = option(64, "Tokens decoded in a turn.")
     turns: int = option(5, "Turns of each subject; figures are medians over them.")
     threads: int = option(2, "Threads of each subject.")
-    skip: list[str] = option([], "Peers that stay out: genai-fp32, genai-int4, llama-Q4_0, llama-Q8_0. Repeatable.")
+    pytorch: list[str] = option(
+        ["sdpa", "eager"],
+        "Ways to run PyTorch (sdpa, eager, compile); the first is what others are held to. Repeatable.",
+    )
+    skip: list[str] = option(
+        [],
+        "Peers that stay out: genai-fp32, genai-fp32-adapters, genai-int4, genai-int4-adapters, llama-Q4_0, llama-Q8_0. Repeatable.",
+    )
     programs: list[str] = option(
-        ["fp32", "int8", "int4", "int4-128"], "Programs: a precision, perhaps with its block size. Repeatable."
+        ["fp32", "int8", "int4", "int4-128"],
+        "Programs: a precision, perhaps with its block size, perhaps on large pages (int4-128-large). Repeatable.",
     )
 
 
@@ -74,18 +77,19 @@ class Subject(Protocol):
 
 
 class Torch:
-    """PyTorch with PEFT, scaled dot product attention, float32."""
+    """PyTorch with PEFT, float32, in one of its ways: ``"sdpa"``, ``"eager"`` or ``"compile"`` (of sdpa)."""
 
-    name = "PyTorch + PEFT fp32"
-
-    def __init__(self, model: PeftModel) -> None:
-        self.model = model
+    def __init__(self, model: PeftModel, way: str) -> None:
+        self.name = f"PyTorch + PEFT fp32, {way}"
+        self.model, self.way = model, way
+        self.forward: Any = torch.compile(model.forward, dynamic=True) if way == "compile" else model.forward
         tensors = {id(p): p.nbytes for p in model.parameters()}
         self.bytes_per_token = sum(tensors.values())
         self.cache: Any = None
 
     def prefill(self, ids: np.ndarray) -> int:
         """See :class:`Subject`."""
+        self.model.get_base_model().set_attn_implementation("eager" if self.way == "eager" else "sdpa")
         self.cache = None
         return self._call(torch.from_numpy(ids))
 
@@ -94,8 +98,8 @@ class Torch:
         return self._call(torch.tensor([[token]]))
 
     def _call(self, ids: torch.Tensor) -> int:
-        with torch.inference_mode():
-            out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        with torch.inference_mode(self.way != "compile"), torch.no_grad():
+            out = self.forward(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache = out.past_key_values
         return int(out.logits[0, -1].argmax())
 
@@ -118,32 +122,6 @@ class Program:
     def step(self, token: int, position: int) -> int:
         """See :class:`Subject`."""
         return int(self.session.run(np.array([[token]]), np.array([[position]]))[0, -1].argmax())
-
-
-class Genai:
-    """onnxruntime-genai, with the adapter baked in by its builder."""
-
-    def __init__(self, folder: Path, precision: str, context: int) -> None:
-        import onnxruntime_genai  # type: ignore[import-not-found]
-
-        self.name = f"onnxruntime-genai {precision}, adapter baked in"
-        self.library, self.context = onnxruntime_genai, context
-        self.model = onnxruntime_genai.Model(str(folder))
-        self.bytes_per_token = sum(f.stat().st_size for f in folder.glob("*.data"))
-        self.generator: Any = None
-
-    def prefill(self, ids: np.ndarray) -> int:
-        """See :class:`Subject`."""
-        parameters = self.library.GeneratorParams(self.model)
-        parameters.set_search_options(max_length=self.context, batch_size=1)
-        self.generator = self.library.Generator(self.model, parameters)
-        self.generator.append_tokens(ids.astype(np.int32))
-        return int(np.argmax(self.generator.get_logits()))
-
-    def step(self, token: int, position: int) -> int:
-        """See :class:`Subject`."""
-        self.generator.append_tokens(np.array([[token]], np.int32))
-        return int(np.argmax(self.generator.get_logits()))
 
 
 @dataclass
@@ -189,33 +167,14 @@ def open_programs(options: Options, model: PeftModel, base: Path, adapter: Path)
             tensors[spec.name] = np.array(ALPHA / RANK, np.float32)
     programs = []
     for name in options.programs:
-        precision, _, block_size = name.partition("-")
-        folder = compile_graph(graph, precision=precision, block_size=int(block_size or 32))
-        session = OrtSession(folder, threads=options.threads)
+        precision, *how = name.split("-")
+        blocks = next((int(h) for h in how if h.isdigit()), None)
+        folder = compile_graph(graph, precision=precision, block_size=blocks)
+        session = OrtSession(folder, threads=options.threads, large_pages="large" in how)
         session.load_adapter("lora", tensors)
         session.allocate(1, options.prompt + options.tokens)
         programs += [Program(f"ours {name}", session, "lora"), Program(f"ours {name}, bare base", session, "base")]
     return programs
-
-
-def open_genai(options: Options, base: Path, adapter: Path) -> list[Genai]:
-    """Build and load the peer's models, if it can be imported."""
-    if importlib.util.find_spec("onnxruntime_genai") is None:
-        return []
-    made = []
-    for precision in ("fp32", "int4"):
-        if f"genai-{precision}" in options.skip:
-            continue
-        folder = options.work / f"genai-{precision}"
-        if not (folder / "genai_config.json").is_file():
-            extra = [f"adapter_path={adapter}", "int4_accuracy_level=4"]
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", str(base), "-o", str(folder)]
-            subprocess.run([*command, "-p", precision, "-e", "cpu", "--extra_options", *extra], check=True)
-        config = json.loads((folder / "genai_config.json").read_text())
-        config["model"]["decoder"]["session_options"]["intra_op_num_threads"] = options.threads
-        (folder / "genai_config.json").write_text(json.dumps(config))
-        made.append(Genai(folder, precision, options.prompt + options.tokens))
-    return made
 
 
 def open_llama(options: Options, base: Path, adapter: Path) -> list[LlamaCpp]:
@@ -232,32 +191,16 @@ def open_llama(options: Options, base: Path, adapter: Path) -> list[LlamaCpp]:
     return [LlamaCpp(folder, p, context=context, threads=options.threads) for p in wanted]
 
 
-def read_seconds_per_byte(data: np.ndarray, threads: int) -> float:
-    """Return how long reading a byte of memory takes, all threads together: the faster of two ways to read."""
-
-    def timed(read: Callable[[np.ndarray], Any]) -> float:
-        parts = np.array_split(data, threads)
-        workers = [threading.Thread(target=read, args=(part,)) for part in parts]
-        start = time.perf_counter()
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-        return time.perf_counter() - start
-
-    return min(timed(np.max), timed(lambda part: np.bitwise_or.reduce(part.view(np.int64)))) / data.nbytes
-
-
 def measure(options: Options, subjects: list[Subject]) -> tuple[dict[str, Timings], list[float]]:
     """Let all subjects take turns; a first round only warms up."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, VOCAB, (1, options.prompt))
-    data = np.ones(1 << 27, np.float32)
+    data = np.ones(1 << 28, np.float32)
     timings = {s.name: Timings() for s in subjects}
     floor = []
     for turn in range(options.turns + 1):
         if turn:
-            floor.append(read_seconds_per_byte(data, options.threads))
+            floor.append(1 / read_bytes_per_second(data, options.threads))
         for subject in subjects:
             start = time.perf_counter()
             token = subject.prefill(ids)
@@ -278,14 +221,14 @@ def measure(options: Options, subjects: list[Subject]) -> tuple[dict[str, Timing
 def summarise(options: Options, subjects: list[Subject], timings: dict[str, Timings], floor: list[float]) -> list[Any]:
     """Return one row for each subject.
 
-    Ratios to the first subject are medians of the ratios within each turn. The share of the floor compares the best turn with
-    the best reading: other work on the machine slows both down, but never at the same moment.
+    Ratios to the first subject are medians of the ratios within each turn, and so are shares of the floor: a machine shared with others
+    reads faster in one turn than in another.
     """
     first = timings[subjects[0].name]
     rows = []
     for subject in subjects:
         mine = timings[subject.name]
-        limit = min(floor) * subject.bytes_per_token
+        limits = np.array(floor) * subject.bytes_per_token
         rows.append(
             {
                 "subject": subject.name,
@@ -293,7 +236,7 @@ def summarise(options: Options, subjects: list[Subject], timings: dict[str, Timi
                 "decode_tokens_per_second": round(1 / float(np.median(mine.decode)), 2),
                 "prefill_ratio": round(float(np.median(np.array(first.prefill) / mine.prefill)), 2),
                 "decode_ratio": round(float(np.median(np.array(first.decode) / mine.decode)), 2),
-                "share_of_floor": round(limit / min(mine.decode), 2),
+                "share_of_floor": round(float(np.median(limits / mine.decode)), 2),
                 "megabytes_per_token": round(subject.bytes_per_token / 1e6),
                 "same_tokens": next(
                     (i for i, (a, b) in enumerate(zip(first.tokens, mine.tokens, strict=True)) if a != b),
@@ -314,26 +257,6 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(name.ljust(width), *(str(v).rjust(len(h)) for v, h in zip(values, heads, strict=True)), sep=" | ")
 
 
-def machine(options: Options) -> dict[str, Any]:
-    """Return what the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    names = ["torch", "transformers", "peft", "onnxruntime"]
-    names += [n for n in ("onnxruntime_genai", "llama_cpp") if importlib.util.find_spec(n) is not None]
-    return {
-        "cpu": cpu,
-        "cores": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "load": [round(n, 1) for n in psutil.getloadavg()],
-        "python": platform.python_version(),
-        "versions": {name: version(_DISTRIBUTIONS.get(name, name)) for name in names},
-        "commit": done.stdout.strip(),
-        "options": {k: str(v) if k == "work" else v for k, v in asdict(options).items() if k != "work"},
-    }
-
-
 def main() -> None:
     """Run the benchmark."""
     options = parse(Options, sys.argv[1:], prog="benchmarks/decode.py")
@@ -342,15 +265,18 @@ def main() -> None:
     base, adapter = make_model(options)
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
-    subjects: list[Subject] = [Torch(model), *open_programs(options, model, base, adapter)]
-    subjects += open_genai(options, base, adapter)
+    subjects: list[Subject] = [Torch(model, way) for way in options.pytorch]
+    subjects += open_programs(options, model, base, adapter)
+    context = options.prompt + options.tokens
+    subjects += open_genai(options.work, base, adapter, skip=options.skip, threads=options.threads, context=context)
     subjects += open_llama(options, base, adapter)
     gc.collect()
     timings, floor = measure(options, subjects)
     rows = summarise(options, subjects, timings, floor)
     show(rows)
-    bandwidth = round(1e-9 / min(floor), 1)
-    print(json.dumps({"rows": rows, "gigabytes_per_second": bandwidth, **machine(options)}))
+    read = [round(1e-9 / seconds, 1) for seconds in floor]
+    print("memory reads GB/s, by turn:", *read)
+    print(json.dumps({"rows": rows, "gigabytes_per_second": read, **machine(options)}))
 
 
 if __name__ == "__main__":

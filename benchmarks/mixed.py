@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import VOCAB, machine, make_model
+from decode import VOCAB, make_model
+from machine import machine
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -52,7 +53,7 @@ class Options:
     turns: int = option(3, "Turns; figures are medians over them.")
     threads: int = option(2, "Threads of each subject.")
     precision: str = option("int4", "Precision of the program.")
-    block_size: int = option(32, "Weights that share a scale.")
+    block_size: int | None = option(None, "Weights that share a scale; default: as `qefficient compile`.")
     pytorch: bool = option(True, "Measure PyTorch with PEFT too.")
 
 
@@ -139,7 +140,7 @@ def main() -> None:
     for name, rate in median.items():
         print(f"{name:36} {rate:8.1f} tok/s   8 different / this: {median['8 different'] / rate:5.2f}")
     print("tokens as alone, of", options.tokens, dict(zip(names, same, strict=True)))
-    print(json.dumps({"tokens_per_second": median, "turns": rates, "same": same, **machine(options)}))  # type: ignore[arg-type]
+    print(json.dumps({"tokens_per_second": median, "turns": rates, "same": same, **machine(options)}))
 
 
 if __name__ == "__main__":
