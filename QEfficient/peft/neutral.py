@@ -62,13 +62,20 @@ def neutral_of(model: PeftModel, name: str) -> Neutral:
                 values = {n: v for n, v in values.items() if not np.issubdtype(v.dtype, np.floating)}
             whole = whole or zeros_whole
     found = {n: value for n, value in values.items() if n in lifted.adapter and value.any()}
-    return Neutral(found, apart=apart or not whole)
+    return Neutral(found, apart=(apart or not whole) and not _chosen_by_key(fresh_model, name, fresh))
 
 
 def _shared(lifted: Lifted) -> list[torch.Tensor]:
     """Return the adapter's tensors that stand in several modules."""
     places = Counter([*lifted.sites.values(), *lifted.entries, *lifted.shared.values()])
     return [t for n, t in lifted.adapter.items() if places[n] > 1 and t.dtype.is_floating_point]
+
+
+def _chosen_by_key(model: PeftModel, name: str, lifted: Lifted) -> bool:
+    """Return whether modules choose among shared tensors by keys of their own: these depend on which targets there are."""
+    inside = (by_adapter for module in model.modules() for by_adapter in vars(module).values())
+    keys = {d[name] for d in inside if isinstance(d, dict) and isinstance(d.get(name), str)}
+    return len(keys) > 1 and bool(_shared(lifted))
 
 
 def _fresh(config: PeftConfig) -> PeftConfig:

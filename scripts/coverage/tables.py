@@ -78,7 +78,7 @@ def write_docs(results: dict[str, dict[str, Any]], docs: Path, code: str) -> int
         "code": code,
         "parent_commit": commit.stdout.strip(),
         "rows_measured_with_older_code": older,
-        "rows_by_code": dict(Counter(r.get("code") for r in results.values())),
+        "rows_by_code": dict(Counter(str(r.get("code")) for r in results.values())),
         "versions": versions,
         "tolerance": 1e-4,
         "counts": {kind: dict(Counter(r["outcome"] for _, r in _of(results, kind))) for kind in _KINDS},

@@ -170,7 +170,7 @@ def test_a_number_that_is_no_input_must_be_equal(tmp_path: Path) -> None:
     ("config", "apart"),
     [
         (VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=8), True),
-        (TinyLoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), True),
+        (TinyLoraConfig(task_type="CAUSAL_LM", target_modules=TARGETS), False),
         (
             VBLoRAConfig(task_type="CAUSAL_LM", target_modules=TARGETS, r=4, num_vectors=8, vector_length=8, topk=2),
             False,
