@@ -52,6 +52,12 @@ class Options:
     eval: Path | None = option(
         None, "Loss and perplexity on this text: rows with text, or prompt and completion.", metavar="JSONL"
     )
+    lm_eval: list[str] = option(
+        [],
+        "Task of lm-evaluation-harness, or a YAML file of one, run on base and adapters; may be repeated.",
+        metavar="TASK",
+    )
+    lm_eval_limit: int | None = option(None, "Most examples of such a task.")
     baseline: Path | None = option(
         None, "Fail on what is worse than in this earlier report.json, beyond noise.", metavar="REPORT"
     )
@@ -98,6 +104,8 @@ def command(argv: Sequence[str]) -> int:
             skip=parse_skips(options.skip),
             jobs=options.jobs,
             eval_data=options.eval,
+            lm_eval=options.lm_eval,
+            lm_eval_limit=options.lm_eval_limit,
             baseline=options.baseline,
             greedy_tokens=options.tokens,
             measure_speed=options.speed,

@@ -11,7 +11,7 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError, QEffError
 from QEfficient.peft.loading import load_base
-from QEfficient.testing import checks_efficiency, quality
+from QEfficient.testing import checks_efficiency, harness, quality
 from QEfficient.testing.adapter_stage import examine_all
 from QEfficient.testing.baseline import read_report
 from QEfficient.testing.check import C, Check
@@ -39,6 +39,8 @@ def run(
     skip: Mapping[str, str] | None = None,
     jobs: int = 1,
     eval_data: str | Path | None = None,
+    lm_eval: Sequence[str] = (),
+    lm_eval_limit: int | None = None,
     baseline: str | Path | None = None,
     greedy_tokens: int | None = None,
     measure_speed: bool = True,
@@ -57,6 +59,8 @@ def run(
         skip: Patterns of check names that are not asked, and why.
         jobs: Processes that examine the adapters' files; more than 1 pays from some dozens of adapters on.
         eval_data: JSONL file with ``text``, or ``prompt`` and ``completion``, for loss and perplexity.
+        lm_eval: Tasks of lm-evaluation-harness, by name or as YAML files.
+        lm_eval_limit: Most examples of a task.
         baseline: An earlier report, or its folder; what is worse beyond noise fails.
         greedy_tokens: How many tokens to generate for each prompt; None for 64, or 32 where the base has 300 million parameters.
         measure_speed: Measure speed and memory as well.
@@ -70,7 +74,7 @@ def run(
     tester = _Tester(str(base), adapters, graph, Selection(tuple(only), dict(skip or {})), progress)
     start = time.perf_counter()
     earlier = read_report(baseline) if baseline is not None else None
-    tester.eval_data = eval_data
+    tester.eval_data, tester.tasks, tester.task_limit = eval_data, tuple(lm_eval), lm_eval_limit
     tester.graph_format = graph_format
     tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
@@ -115,6 +119,8 @@ class _Tester:
         self.paths: dict[str, Path] = {}
         self.tokens: list[int] = []
         self.eval_data: str | Path | None = None
+        self.tasks: tuple[str, ...] = ()
+        self.task_limit: int | None = None
         self.graph_format = ""
         command = _command(base, adapters, graph)
         self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
@@ -141,13 +147,15 @@ class _Tester:
 
     def run(self, greedy_tokens: int | None, measure_speed: bool, budgets: Budgets) -> Report:
         """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
-        if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM) and self.eval_data is None:
+        if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM) and self.eval_data is None and not self.tasks:
             return self.report
         reference, seconds = self.load(greedy_tokens)
         for name in (BASE, *self.names):
             self.check(Stage.PYTORCH, self.checks[Stage.PYTORCH], reference, name)
         if self.eval_data is not None:
             self.evaluate(reference)
+        if self.tasks:
+            self.run_tasks(reference)
         if not self.wants(Stage.GRAPH, Stage.PROGRAM):
             return self.report
         if self.graph_format:
@@ -184,6 +192,15 @@ class _Tester:
         self.report.measurements += found.measurements()
         for name in names:
             self.check(Stage.QUALITY, quality.CHECKS, found, name)
+
+    def run_tasks(self, reference: Reference) -> None:
+        """Run tasks of lm-evaluation-harness on base and adapters."""
+        names = (BASE, *self.names)
+        tell = lambda name: self.progress("lm-eval", name)  # noqa: E731
+        found = harness.evaluate_tasks(reference, self.base, self.tasks, names, tell, self.task_limit)
+        self.report.measurements += found.measurements()
+        for name in names:
+            self.check(Stage.QUALITY, harness.CHECKS, found, name)
 
     def regress(self, earlier: Report) -> None:
         """Compare with an earlier report."""

@@ -75,7 +75,7 @@ def measure(
                 found += _batches(name, engine, subject, _short(tokens))
         pytorch.close()
     found += _memory(reference, session, len(tokens) + decode, names)
-    return found + _floors(reference, session, found, names, len(tokens))
+    return found + _floors(reference, found, names, len(tokens))
 
 
 def _measure_subject(engines: dict[str, Engine], subject: str, tokens: Tokens, decode: int) -> list[Measurement]:
@@ -153,11 +153,14 @@ def _overhead(engine: Engine, name: str, tokens: Tokens) -> Measurement:
     """Return how much longer a token takes with an adapter than without, as a share: pairs of turns, the order changing."""
     times: dict[str, list[float]] = {BASE: [], name: []}
     begin = time.perf_counter()
-    for pair in range(_PAIRS):
+    for pair in range(_PAIRS + 1):
         for subject in (BASE, name) if pair % 2 else (name, BASE):
             engine.select(subject)
-            times[subject].append(float(np.median(_steps(engine, engine.start(tokens[:2]))[1])))
-        if pair + 1 >= _FEWEST_PAIRS and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
+            token = engine.step(engine.start(tokens[:2]))  # the first token pays for the switch
+            seconds = float(np.median(_steps(engine, token)[1]))
+            if pair:  # the first pair warms up
+                times[subject].append(seconds)
+        if pair >= _FEWEST_PAIRS and time.perf_counter() - begin > _SUBJECT_SECONDS / 2:
             break
     return Measurement("program", name, "overhead", *(v - 1 for v in interval(times[name], times[BASE])))
 
@@ -215,26 +218,23 @@ def _memory(reference: Reference, session: Session, ctx_len: int, names: tuple[s
     ]
 
 
-def _floors(
-    reference: Reference, session: Session, found: list[Measurement], names: tuple[str, ...], tokens: int
-) -> list[Measurement]:
+def _floors(reference: Reference, found: list[Measurement], names: tuple[str, ...], tokens: int) -> list[Measurement]:
     """Return what the machine can do, and what part of it each engine reaches: 1 is the floor itself."""
     machine, subject = Machine.measured(), names[0] if names else BASE
     values = {(m.engine, m.metric): m.value for m in found if m.subject == subject}
     table = reference.model.get_input_embeddings().weight  # read row by row, unless it is the output projection too
     tied = bool(getattr(reference.model.config, "tie_word_embeddings", False))
-    parameters = sum(p.numel() for p in reference.model.parameters()) - (0 if tied else table.numel())
+    everything = sum(p.numel() for p in reference.model.parameters())
+    once = everything - table.numel() * (1 if tied else 2)  # a prompt takes the projection of its last token alone
     best = [
         Measurement("machine", BASE, "bandwidth_bytes_per_second", machine.bandwidth),
         Measurement("machine", BASE, "peak_operations_per_second", machine.peak),
     ]
     for engine in ("pytorch", "program"):
-        read = values[engine, "memory_bytes.weights"] * (
-            1 if tied else 1 - table.numel() / (parameters + table.numel())
-        )
+        read = values[engine, "memory_bytes.weights"] * (1 if tied else 1 - table.numel() / everything)
         floors = {
             "decode": 1 / machine.decode_seconds(int(read)),
-            "prefill": tokens / machine.prefill_seconds(parameters, tokens),
+            "prefill": tokens / machine.prefill_seconds(once, tokens),
         }
         for kind, floor in floors.items():
             reached = values[engine, f"{kind}_tokens_per_second"] / floor
