@@ -3,6 +3,7 @@
 
 import asyncio
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -161,6 +162,29 @@ def test_characters_of_several_bytes(served: Running) -> None:
     whole = client.completions.create(**options).choices[0].text
     pieces = [c.choices[0].text for c in client.completions.create(stream=True, **options)]
     assert "".join(pieces) == whole
+
+
+def test_metrics_by_adapter(served: Running) -> None:
+    """Prometheus finds tokens and latencies of each adapter, what was copied from prefixes, and queue, slots, loads and evictions."""
+    for _ in range(2):
+        served.client().completions.create(model="two", prompt="a system prompt of some length", max_tokens=3)
+    with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+        text = answer.read().decode()
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(values['qeff_new_tokens_total{model="two"}']) >= 6
+    assert float(values['qeff_first_token_seconds_count{model="two"}']) >= 2
+    assert float(values['qeff_requests_total{model="two",status="200"}']) >= 2
+    assert float(values['qeff_prefix_tokens_total{model="two"}']) >= 29
+    for name in (
+        "qeff_slots",
+        "qeff_slots_active",
+        "qeff_queue_waiting",
+        "qeff_prefix_bytes",
+        "qeff_adapters_resident",
+    ):
+        assert name in values
+    for name in ("hits", "misses", "loads", "evictions", "refusals"):
+        assert f"qeff_adapter_{name}_total" in values
 
 
 @pytest.mark.slow
