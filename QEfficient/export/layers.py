@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -21,7 +22,7 @@ from QEfficient.export.caches import ShapeCache
 
 DOMAIN = "qeff"
 _INDEX = ("layer_idx", "layer_id", "layer_index")
-_PRIVATE = {"_parameters", "_buffers", "_modules", "training", "forward", "scaling", *_INDEX}
+_PRIVATE = {"_parameters", "_buffers", "_modules", "training", "forward", *_INDEX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,14 @@ def _index(module: nn.Module) -> int | None:
 
 
 def _structure(module: nn.Module, path: str) -> Any:
-    """Return what decides what a module computes, but for its tensors' values and its index.
+    """Return what decides what a module computes, but for its tensors' values, its adapter's scaling and its index.
 
     Args:
         module: The layer, or a part of it.
         path: The layer's place in the module tree: text that mentions it (PEFT notes it) says nothing of the layer.
     """
-    plain = tuple((k, _plain(v, path)) for k, v in sorted(vars(module).items()) if k not in _PRIVATE)
+    ours = {"scaling"} if isinstance(module, BaseTunerLayer) else set()  # attention has a number of that name
+    plain = tuple((k, _plain(v, path)) for k, v in sorted(vars(module).items()) if k not in _PRIVATE | ours)
     tensors = tuple(
         (name, None if t is None else (tuple(t.shape), t.dtype))
         for name, t in (*module._parameters.items(), *module._buffers.items())

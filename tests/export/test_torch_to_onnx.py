@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from QEfficient.contract import Manifest
 from QEfficient.errors import ConfigError
@@ -74,6 +74,17 @@ def test_logits_equal_pytorch(style: str, tmp_path: Path) -> None:
     assert worst(model, "a", folder) < TOLERANCE
     assert worst(model, "b", folder) < TOLERANCE
     assert worst(model, "a", folder, chunk=1) < TOLERANCE
+
+
+def test_layers_that_scale_attention_apart(tmp_path: Path) -> None:
+    """Layers that differ in a number only, the scale of attention, are not stamped from one another."""
+    config = GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=2, n_positions=64, scale_attn_by_inverse_layer_idx=True
+    )
+    config.initializer_range = 0.3
+    model = make_peft(make_base(config), name="a", config=lora(target_modules=["c_attn"]))
+    folder = export_graph(model, tmp_path / "graph", adapter_name="a")
+    assert worst(model, "a", folder) < TOLERANCE
 
 
 def test_logits_of_every_position(tmp_path: Path) -> None:
