@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Tiny seeded models and adapters, made from configurations."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ STYLES: dict[str, PreTrainedConfig] = {
 def make_base(config: PreTrainedConfig | str = "llama", *, seed: int = 0) -> PreTrainedModel:
     """Return a random float32 model, the same for the same seed."""
     torch.manual_seed(seed)
-    made = STYLES[config] if isinstance(config, str) else config
+    made = copy.deepcopy(STYLES[config] if isinstance(config, str) else config)  # a model notes its own dtype there
     model: PreTrainedModel = AutoModelForCausalLM.from_config(made)
     return model.eval()
 

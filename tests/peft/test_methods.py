@@ -148,7 +148,7 @@ def test_inactive_adapter_is_read_too() -> None:
     assert model.active_adapter == "a"
 
 
-@pytest.mark.parametrize("method", ["adaption_prompt", "shadow", "dora", "modules_to_save"])
+@pytest.mark.parametrize("method", ["adaption_prompt", "shadow", "ia3", "ln_tuning"])
 def test_base_keeps_its_names(method: str) -> None:
     """Whatever PEFT wraps a base in, its tensors have their names in the checkpoint, so that they are linked."""
     bare = make_base("llama")

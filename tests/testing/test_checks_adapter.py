@@ -223,4 +223,4 @@ def test_hanging_adapter_takes_no_other_along(folders: Folders):
     given = {"one": folders.one, "two": folders.two, "three": folders.one}
     found = dict(in_processes(given, str(folders.base), Selection(), 2, 10, hangs_at_two))
     assert [name for name, one in found.items() if one.error] == ["two"]
-    assert "no answer within 3 s" in found["two"].results[0].message
+    assert "no answer within 10 s" in found["two"].results[0].message

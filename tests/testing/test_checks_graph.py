@@ -327,9 +327,9 @@ class Tied:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.reference, name)
 
-    def logits(self, subject: str, tokens: Tokens) -> np.ndarray:
+    def logits(self, subject: str, tokens: Tokens, keep: int | None = None) -> np.ndarray:
         """Return logits whose second choice has become the first by a rounding error."""
-        logits = self.reference.logits(subject, tokens).copy()
+        logits = self.reference.logits(subject, tokens, keep).copy()
         for row in logits:
             row[np.argsort(row)[-2]] = row.max() + 1e-5 * np.ptp(row)
         return logits
