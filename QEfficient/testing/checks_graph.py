@@ -10,6 +10,7 @@ import numpy as np
 
 from QEfficient.contract import BASE, Manifest
 from QEfficient.errors import ArtifactError
+from QEfficient.export.skeleton import longest_context
 from QEfficient.store import verify_files
 from QEfficient.testing import checks_state
 from QEfficient.testing.candidate import SCENARIOS, Candidate
@@ -36,19 +37,16 @@ _FLOAT32 = (
 
 def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
     manifest = Manifest.read(candidate.folder)
-    files, longest = (
-        manifest.files,
-        int(getattr(candidate.reference.model.config.get_text_config(), "max_position_embeddings", 0) or 0),
-    )
+    longest = longest_context(candidate.reference.model.config.get_text_config())
     if manifest.max_positions and longest and manifest.max_positions != longest:
         text = f"The manifest says that the base takes {manifest.max_positions} positions, its configuration says {longest}"
         return failed(f"{text}: a session refuses what the base can do, or the other way round. Export again.")
     try:
-        verify_files(candidate.folder, files, full=True)
+        verify_files(candidate.folder, manifest.files, full=True)
     except ArtifactError as e:
         return failed(f"The folder is not what was written: {str(e).replace(f'{candidate.folder}/', '')}")
-    read = sum(int(f["bytes"]) for f in files.values())
-    return passed(f"{counted(len(files), 'file')} have the digests that were recorded.", facts={"bytes": read})
+    read = sum(int(f["bytes"]) for f in manifest.files.values())
+    return passed(f"{counted(len(manifest.files), 'file')} have the digests that were recorded.", facts={"bytes": read})
 
 
 def _ask_tensors(candidate: Candidate, subject: str) -> Finding:

@@ -10,6 +10,7 @@ from typing import Any
 
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError, QEffError
+from QEfficient.export.skeleton import longest_context
 from QEfficient.peft.loading import load_base
 from QEfficient.testing import checks_efficiency, harness, quality
 from QEfficient.testing.adapter_stage import examine_all
@@ -261,8 +262,8 @@ class _Tester:
 
     @property
     def max_positions(self) -> int:
-        """Longest context of the base, 0 if it names none."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 0)
+        """Longest context of the base, 0 if it names none: no test goes beyond what a graph of it allows."""
+        return longest_context(self.config.get_text_config())
 
     def wants(self, *stages: Stage) -> bool:
         """Whether any check of these stages is asked."""

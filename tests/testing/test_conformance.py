@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from QEfficient import testing
 from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError
@@ -16,7 +17,7 @@ from QEfficient.testing.inputs import read_base_config
 from QEfficient.testing.ratios import interval
 from QEfficient.testing.report import Measurement, Outcome, Report, Stage
 from tests.testing.conftest import Folders
-from tests.tiny import lora, save_adapter, save_base
+from tests.tiny import SHAPE, lora, save_adapter, save_base
 
 
 def adapters(folders: Folders) -> dict[str, Path]:
@@ -200,3 +201,26 @@ def test_report_dir_may_be_a_folder_of_its_own(folders: Folders, tmp_path: Path)
     testing.run(folders.base, adapters(folders), only=["adapter.*"], report_dir=out)
     assert sorted(p.name for p in out.iterdir()) == ["junit.xml", "report.html", "report.json", "report.md"]
     shutil.rmtree(out)
+
+
+def test_context_that_export_limits_is_no_fault(tmp_path: Path):
+    """Rotary frequencies that change at 64 positions limit the graph to them; the base is sound all the same."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.1] * 8,
+        "long_factor": [3.0] * 8,
+    }
+    base = save_base(tmp_path / "base", LlamaConfig(**SHAPE, rope_parameters=rope))
+    given = {"one": save_adapter(base, tmp_path / "one")}
+    found = testing.run(
+        base,
+        given,
+        greedy_tokens=8,
+        measure_speed=False,
+        only=["graph.integrity", "graph.prefill", "graph.greedy", "graph.long"],
+    )
+    assert [r.message for r in found.results if r.outcome is Outcome.FAIL] == []
+    assert "graph.integrity" in {r.name for r in found.with_outcome(Outcome.PASS)}
