@@ -46,7 +46,9 @@ class Options:
         [], "Report checks of this name as skipped, for this reason; may be repeated.", metavar="CHECK=REASON"
     )
     engine: str = option(
-        "local", "'ray': over the Ray cluster that RAY_ADDRESS names, or one on this machine, in groups of adapters."
+        "local",
+        "local: in this process; ray: over the cluster that RAY_ADDRESS names, or one on this machine, in groups of adapters.",
+        choices=["local", "ray"],
     )
     jobs: int = option(1, "Processes that examine adapter folders; pays from some dozens of adapters on.")
     eval: Path | None = option(
@@ -81,8 +83,6 @@ def command(argv: Sequence[str]) -> int:
         raise ConfigError(f"--tokens must be at least 1, not {options.tokens}")
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be at least 1, not {options.jobs}")
-    if options.engine not in ("local", "ray"):
-        raise ConfigError(f"--engine must be local or ray, not {options.engine!r}")
     from rich.console import Console
 
     from QEfficient.testing.render_terminal import view

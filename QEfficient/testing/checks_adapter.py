@@ -41,7 +41,8 @@ def _ask_leftovers(files: AdapterFiles, subject: str) -> Finding:
     training = [n for n in names if n.startswith(_TRAINING)]
     unsafe = [n for n in names if n.endswith(_UNSAFE) and n not in training]
     indexes = [n for n in names if n.endswith(".index.json")]
-    if not training and not unsafe and not indexes:
+    left = [*training, *unsafe, *indexes]
+    if not left:
         return passed("Nothing lies in the folder that does not belong to an adapter.", 0)
     said = []
     if training:
@@ -50,18 +51,11 @@ def _ask_leftovers(files: AdapterFiles, subject: str) -> Finding:
         said.append(f"{listed(unsafe)} can run code when loaded")
     if indexes:
         said.append(f"{listed(indexes)} names parts of an adapter that is one file: PEFT does not read it")
-    total = sum(
-        p.stat().st_size for p in files.path.iterdir() if p.name in {*training, *unsafe, *indexes} and p.is_file()
-    )
+    total = sum((files.path / n).stat().st_size for n in set(left) if (files.path / n).is_file())
     text = (
         f"The folder also holds {'; and '.join(said)}. Deploy only {' and '.join(sorted(_SAFE))} ({size(total)} less)."
     )
-    return Finding(
-        Outcome.WARN,
-        text,
-        len(training) + len(unsafe) + len(indexes),
-        {"files": listed([*training, *unsafe, *indexes], 8)},
-    )
+    return Finding(Outcome.WARN, text, len(left), {"files": listed(left, 8)})
 
 
 def _ask_shapes(files: AdapterFiles, subject: str) -> Finding:

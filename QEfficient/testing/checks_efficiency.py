@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from QEfficient.errors import ConfigError
 from QEfficient.testing.check import Check, Facts, Finding, skipped
-from QEfficient.testing.report import Measurement, Outcome
+from QEfficient.testing.report import Measurement, Outcome, measured
 from QEfficient.testing.text import TIMES, number
 
 _NOT_MEASURED = "Not measured: the time allowed went to the adapters before this one."
@@ -60,7 +60,7 @@ def checks(budgets: Budgets) -> tuple[Check[list[Measurement]], ...]:
 
 def _ask_speedup(least: float) -> Callable[[list[Measurement], str], Finding]:
     def ask(measurements: list[Measurement], subject: str) -> Finding:
-        found = _measured(measurements, subject, "speedup")
+        found = measured(measurements, "program", subject, "speedup")
         if found is None:
             return skipped(_NOT_MEASURED)
         text = f"The program decodes {number(found.value)} times as fast as PyTorch + PEFT"
@@ -72,7 +72,7 @@ def _ask_speedup(least: float) -> Callable[[list[Measurement], str], Finding]:
 
 def _ask_overhead(most: float) -> Callable[[list[Measurement], str], Finding]:
     def ask(measurements: list[Measurement], subject: str) -> Finding:
-        found = _measured(measurements, subject, "overhead")
+        found = measured(measurements, "program", subject, "overhead")
         if found is None:
             return skipped(_NOT_MEASURED)
         low, high = (100 * (v or 0.0) for v in (found.low, found.high))
@@ -92,7 +92,3 @@ def _judged(text: str, span: str, found: Measurement, limit: float, sign: int) -
         return Finding(Outcome.FAIL, f"{text} ({span}): all of the interval is beyond the budget.", found.value, facts)
     text = f"Inconclusive: {text[0].lower()}{text[1:]}, but anything of {span} explains what was measured"
     return Finding(Outcome.WARN, f"{text}. Measure on a quieter machine.", found.value, facts)
-
-
-def _measured(measurements: list[Measurement], subject: str, metric: str) -> Measurement | None:
-    return next((m for m in measurements if (m.engine, m.subject, m.metric) == ("program", subject, metric)), None)

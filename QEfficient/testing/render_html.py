@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from QEfficient.testing import text
-from QEfficient.testing.report import CheckResult, Outcome, Report, Series, Stage
+from QEfficient.testing.report import CheckResult, Outcome, Report, Series, Stage, measured
 
 _FLOOR = 1e-9
 _SCENARIOS = ("prefill", "chunked", "decode", "ragged")
@@ -181,7 +181,7 @@ def _spread(report: Report) -> dict[str, Any]:
     for metric, title in text.SHARES.items():
         shares = [(e, v) for e in ("pytorch", "program") if (v := report.value(e, subject, metric)) is not None]
         floors += [(title, shares)] if shares else []
-    cost = next((m for m in report.measurements if (m.subject, m.metric) == (subject, "overhead")), None)
+    cost = measured(report.measurements, "program", subject, "overhead")
     return {
         "latencies": [one for one in latencies if None not in one],
         "floors": floors,

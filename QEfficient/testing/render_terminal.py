@@ -6,7 +6,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from QEfficient.testing.report import CheckResult, Outcome, Report, Stage
+from QEfficient.testing.report import CheckResult, Outcome, Report, Stage, measured
 from QEfficient.testing.text import MARKS, METRICS, NOTHING, PARTS, SHARES, listed, number, percent, ratio, size, times
 
 _COLOUR = {Outcome.PASS: "green", Outcome.FAIL: "red", Outcome.WARN: "yellow", Outcome.SKIP: "bright_black"}
@@ -96,7 +96,7 @@ def _speed(report: Report) -> Table:
         shares = [report.value(engine, subject, metric) for engine in ("pytorch", "program")]
         if any(shares):
             table.add_row(title, *(number(100 * s, "%") if s else NOTHING for s in shares), "")
-    cost = next((m for m in report.measurements if (m.subject, m.metric) == (subject, "overhead")), None)
+    cost = measured(report.measurements, "program", subject, "overhead")
     if cost is not None:
         table.add_row("Adapter's cost of a token", "", percent(cost), "")
     totals = [_memory(report, engine, subject) for engine in ("pytorch", "program")]

@@ -112,6 +112,12 @@ class Measurement:
     high: float | None = None
 
 
+def measured(measurements: Iterable[Measurement], engine: str, subject: str, metric: str) -> Measurement | None:
+    """Return one quantity, or None if it was not measured."""
+    wanted = (engine, subject, metric)
+    return next((m for m in measurements if (m.engine, m.subject, m.metric) == wanted), None)
+
+
 @dataclass(frozen=True, slots=True)
 class Subject:
     """The base or one adapter.
@@ -208,8 +214,8 @@ class Report:
 
     def value(self, engine: str, subject: str, metric: str) -> float | None:
         """Return one measured value, or None if it was not measured."""
-        found = (m.value for m in self.measurements if (m.engine, m.subject, m.metric) == (engine, subject, metric))
-        return next(found, None)
+        found = measured(self.measurements, engine, subject, metric)
+        return found.value if found is not None else None
 
     def summary(self) -> str:
         """Return the verdict in one sentence."""
