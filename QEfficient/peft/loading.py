@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel, PeftModelForCausalLM
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from QEfficient.errors import AdapterMismatchError, ConfigError
 from QEfficient.export.lift import inner_model
+from QEfficient.export.weights import INDEX_FILE
 from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, read_config, read_tensors, resolve
 from QEfficient.store import is_local
 
@@ -45,18 +46,31 @@ def check_base(base: str | Path) -> None:
         raise ConfigError(f"base folder {str(base)!r} does not exist")
 
 
+def read_base_config(base: str | Path) -> PreTrainedConfig:
+    """Return the configuration of a base.
+
+    Raises:
+        ConfigError: There is no model in that place.
+    """
+    check_base(base)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(str(base))
+    except (OSError, ValueError, KeyError) as e:
+        raise ConfigError(f"{str(base)!r} is not a model: {str(e).strip().splitlines()[0]}") from e
+    return config
+
+
 def checkpoint_folder(base: str | Path) -> Path | None:
     """Return the local folder that holds the safetensors files of a base, or ``None`` if it has none."""
-    folder = Path(base)
+    folder, names = Path(base), (INDEX_FILE, "model.safetensors")
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        for name in ("model.safetensors.index.json", "model.safetensors"):
+        for name in names:
             found = try_to_load_from_cache(str(base), name)
             if isinstance(found, str):
                 return Path(found).parent
         return None
-    names = ("model.safetensors.index.json", "model.safetensors")
     return folder if any((folder / n).is_file() for n in names) else None
 
 

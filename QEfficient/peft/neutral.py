@@ -7,6 +7,7 @@ one for IA3, the norms of the base's weights for DoRA. Tensors with a rank need 
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -41,34 +42,33 @@ def neutral_of(model: PeftModel, name: str) -> Neutral:
         choose_task(fresh_model, name, task_of(model, name))
         fresh = lift(fresh_model, name)
 
-        def is_base() -> bool:
-            return _close(fresh_model(input_ids=ids).logits, want)
-
-        def is_base_apart() -> bool:
+        values = {n: to_numpy(t).copy() for n, t in fresh.adapter.items() if n not in fresh.rank_axes}
+        tried = []
+        for zeroed in (False, True):
+            if zeroed:
+                values = {n: v for n, v in values.items() if not np.issubdtype(v.dtype, np.floating)}
+                for tensor in _floating(fresh.adapter.values()):
+                    tensor.zero_()
+            whole = _close(fresh_model(input_ids=ids).logits, want)
             for tensor in _shared(fresh):
                 tensor.normal_(generator=torch.Generator().manual_seed(0))
-            return is_base()
-
-        values = {n: to_numpy(t).copy() for n, t in fresh.adapter.items() if n not in fresh.rank_axes}
-        whole = is_base()
-        apart = whole and is_base_apart()
-        if not apart:
-            for tensor in fresh.adapter.values():
-                if tensor.dtype.is_floating_point:
-                    tensor.zero_()
-            zeros_whole = is_base()
-            apart = zeros_whole and is_base_apart()
-            if zeros_whole and (apart or not whole):
-                values = {n: v for n, v in values.items() if not np.issubdtype(v.dtype, np.floating)}
-            whole = whole or zeros_whole
+            apart = whole and _close(fresh_model(input_ids=ids).logits, want)
+            tried.append((apart, whole, values))
+            if apart:
+                break
+    apart, whole, values = max(tried, key=lambda one: one[:2])  # of equals the first
     found = {n: value for n, value in values.items() if n in lifted.adapter and value.any()}
     return Neutral(found, apart=(apart or not whole) and not _chosen_by_key(fresh_model, name, fresh))
+
+
+def _floating(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    return [t for t in tensors if t.dtype.is_floating_point]
 
 
 def _shared(lifted: Lifted) -> list[torch.Tensor]:
     """Return the adapter's tensors that stand in several modules."""
     places = Counter([*lifted.sites.values(), *lifted.entries, *lifted.shared.values()])
-    return [t for n, t in lifted.adapter.items() if places[n] > 1 and t.dtype.is_floating_point]
+    return _floating(t for n, t in lifted.adapter.items() if places[n] > 1)
 
 
 def _chosen_by_key(model: PeftModel, name: str, lifted: Lifted) -> bool:

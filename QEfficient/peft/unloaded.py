@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM
 
 from QEfficient.contract import Manifest
-from QEfficient.errors import AdapterMismatchError, ConfigError, UnsupportedError
+from QEfficient.errors import AdapterMismatchError, UnsupportedError
 from QEfficient.export.lift import Lifted, inner_model, lift, shapes_graph
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import INDEX_FILE, Checkpoint, CheckpointIndex
 from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
 from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
-from QEfficient.peft.loading import check_base, checkpoint_folder
+from QEfficient.peft.loading import check_base, checkpoint_folder, read_base_config
 from QEfficient.peft.tasks import choose_task
 from QEfficient.store import cache_root
 
@@ -84,19 +84,6 @@ def _checkpoint(base: str | Path, folder: Path, weights: str) -> Checkpoint:
     if weights == "absent":
         return CheckpointIndex(folder, read_base_config(base).dtype or torch.float32)
     return Checkpoint(folder)
-
-
-def read_base_config(base: str | Path) -> PreTrainedConfig:
-    """Return the configuration of a base.
-
-    Raises:
-        ConfigError: There is none in that place.
-    """
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(str(base))
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"cannot load the base {str(base)!r}: {str(e).strip().splitlines()[0]}") from e
-    return config
 
 
 def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool = True) -> PeftModel | None:

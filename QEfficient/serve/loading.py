@@ -17,12 +17,11 @@ from QEfficient.export.lift import lift, plain
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
 from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, fit, neutral_tensors, read_config, resolve
-from QEfficient.peft.loading import checkpoint_folder
+from QEfficient.peft.loading import checkpoint_folder, read_base_config
 from QEfficient.peft.unloaded import export_adapters, skeleton_of
 from QEfficient.serve.entries import Verdict
 from QEfficient.store import cache_root, digest_file
 from QEfficient.testing.adapter_stage import examine
-from QEfficient.testing.inputs import read_base_config
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.selection import Selection
 

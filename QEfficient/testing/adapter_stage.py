@@ -16,10 +16,11 @@ from typing import Any
 
 from QEfficient.errors import AdapterMismatchError, ConfigError, QEffError
 from QEfficient.peft.adapters import check_name
+from QEfficient.peft.loading import read_base_config
 from QEfficient.store import digest_file
 from QEfficient.testing.adapter_files import read_adapter, refuse_other_shapes
 from QEfficient.testing.checks_adapter import CHECKS, SET_CHECKS
-from QEfficient.testing.inputs import describe_adapter, read_base_config, trained_tokens
+from QEfficient.testing.inputs import describe_adapter, trained_tokens
 from QEfficient.testing.report import CheckResult, Outcome, Stage, Subject
 from QEfficient.testing.selection import Progress, Selection, catalog, perform
 

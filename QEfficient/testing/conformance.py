@@ -11,7 +11,7 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError, QEffError
 from QEfficient.export.skeleton import longest_context
-from QEfficient.peft.loading import load_base
+from QEfficient.peft.loading import load_base, read_base_config
 from QEfficient.testing import checks_efficiency, harness, quality
 from QEfficient.testing.adapter_stage import examine_all
 from QEfficient.testing.baseline import read_report
@@ -20,7 +20,7 @@ from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
 from QEfficient.testing.genai import ASKED, opened_genai
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
-from QEfficient.testing.inputs import describe_base, read_base_config
+from QEfficient.testing.inputs import describe_base
 from QEfficient.testing.publish import publish
 from QEfficient.testing.reference import Reference, tokenizer_of
 from QEfficient.testing.regressions import regress

@@ -1,30 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a test is given: the base's configuration, and both as the report shows them."""
+"""What a test is given, as the report shows it."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
-from QEfficient.errors import ConfigError
-from QEfficient.store import is_local
 from QEfficient.testing.adapter_files import AdapterFiles
 from QEfficient.testing.report import Subject
 from QEfficient.testing.text import counted, size
-
-
-def read_base_config(base: str) -> Any:
-    """Return the base's configuration.
-
-    Raises:
-        ConfigError: There is no model at that place.
-    """
-    if is_local(base) and not Path(base).expanduser().is_dir():
-        raise ConfigError(f"base folder {base!r} does not exist")
-    try:
-        return AutoConfig.from_pretrained(base)
-    except (OSError, ValueError, KeyError) as e:
-        raise ConfigError(f"{base!r} is not a model: {str(e).strip().splitlines()[0]}") from e
 
 
 def describe_base(base: str, config: Any) -> Subject:

@@ -9,11 +9,11 @@ from transformers import LlamaConfig
 
 from QEfficient import testing
 from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError
+from QEfficient.peft.loading import read_base_config
 from QEfficient.testing import Budgets
 from QEfficient.testing.checks_efficiency import checks, parse_share
 from QEfficient.testing.floor import Machine
 from QEfficient.testing.graphs import Graph
-from QEfficient.testing.inputs import read_base_config
 from QEfficient.testing.ratios import interval
 from QEfficient.testing.report import Measurement, Outcome, Report, Stage
 from tests.testing.conftest import Folders
