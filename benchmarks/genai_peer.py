@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from QEfficient.runtime.onnx_adapter import write_onnx_adapter
+
 _ADAPTER_FILE = "lora.onnx_adapter"
 
 
@@ -81,21 +83,16 @@ def _with_inputs(source: Path, target: Path) -> None:
     """Copy a model with its adapter's tensors as inputs, and their values beside it."""
     import onnx
     from onnx import numpy_helper
-    from onnxruntime import AdapterFormat, OrtValue
 
     shutil.copytree(source, target, dirs_exist_ok=True)
     model = onnx.load(target / "model.onnx", load_external_data=False)
     values = {}
     for tensor in [t for t in model.graph.initializer if "lora" in t.name.lower()]:
         array = numpy_helper.to_array(tensor, base_dir=str(target))
-        values[tensor.name] = OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+        values[tensor.name] = array
         model.graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         neutral = numpy_helper.from_array(np.zeros_like(array), tensor.name)
         model.graph.initializer.remove(tensor)
         model.graph.initializer.append(neutral)
     onnx.save(model, target / "model.onnx")
-    format_ = AdapterFormat()
-    format_.set_adapter_version(1)
-    format_.set_model_version(1)
-    format_.set_parameters(values)
-    format_.export_adapter(str(target / _ADAPTER_FILE))
+    write_onnx_adapter(values, target / _ADAPTER_FILE)
