@@ -4,6 +4,7 @@
 The three fine-tuning functions are importable from here; they load PyTorch when first called, not with ``--help``.
 """
 
+import dataclasses
 import json
 import os
 import re
@@ -108,6 +109,7 @@ def _finetune(config: TrainConfig) -> dict[str, float]:
     from QEfficient.finetune.classes import rendered_class
     from QEfficient.finetune.data import rendered
     from QEfficient.finetune.model import count_parameters
+    from QEfficient.finetune.preflight import longest
     from QEfficient.finetune.sets import load_classes, load_sets
     from QEfficient.finetune.train import refuse_leftovers, train
 
@@ -117,10 +119,15 @@ def _finetune(config: TrainConfig) -> dict[str, float]:
         generate_peft_config(config)  # a mistake here must not wait for the base
     classes = load_classes(config)
     base, tokenizer = load_model_and_tokenizer(config, classes)
-    sets = load_sets(config, tokenizer, classes)
     model = apply_peft(base, config)
+    limit, notes = longest(model, tokenizer, classifies=bool(classes)), []
+    if limit is not None and limit < config.context_length:
+        notes.append(f"context_length {limit}, not {config.context_length}: the base has no more positions")
+        config = dataclasses.replace(config, context_length=limit)
+    sets = load_sets(config, tokenizer, classes)
     trained, total = count_parameters(model)
-    said = [f"{len(sets.train):,} examples", *([f"{len(sets.val):,} to validate"] if sets.val else []), *sets.notes]
+    said = [f"{len(sets.train):,} examples", *([f"{len(sets.val):,} to validate"] if sets.val else [])]
+    said += [*sets.notes, *notes]
     if classes:
         said.append(f"{len(classes)} classes: {', '.join(classes[:10])}{', …' if len(classes) > 10 else ''}")
     if _speaks():

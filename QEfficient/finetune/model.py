@@ -89,7 +89,10 @@ def load_model_and_tokenizer(
 def _class_options(classes: Sequence[str]) -> dict[str, Any]:
     names = dict(enumerate(classes))
     numbers = {name: i for i, name in names.items()}
-    return {"num_labels": len(classes), "id2label": names, "label2id": numbers} if classes else {}
+    if not classes:
+        return {}
+    # A base that tells other classes apart keeps all but its head.
+    return {"num_labels": len(classes), "id2label": names, "label2id": numbers, "ignore_mismatched_sizes": True}
 
 
 def set_pad_token(tokenizer: Any) -> None:
@@ -124,6 +127,9 @@ def generate_peft_config(train_config: TrainConfig, **kwargs: Any) -> PeftConfig
     values = read_mapping(path) if path is not None else {}
     source = str(path) if path is not None else "peft config"
     named = values.pop("peft_type", None)
+    asked = train_config.peft_method
+    if named is not None and asked.lower() not in ("lora", str(named).lower()):  # the default asks for nothing
+        raise ConfigError(f"peft_method is {asked!r}, but {source} says peft_type {named!r}: leave one of them out")
     cls = _config_class(kwargs.pop("peft_type", None) or named or train_config.peft_method, source)
     options = {field: getattr(train_config, name) for name, field in _FIELDS.items()}
     options = {field: value for field, value in options.items() if value not in (None, [])}

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback
 
-from QEfficient.errors import ConfigError, UnsupportedError
-from QEfficient.finetune import checkpoints
+from QEfficient.errors import ArtifactError, ConfigError
+from QEfficient.finetune import checkpoints, preflight
 from QEfficient.finetune.batches import ClassCollator, Collator, Rows
 from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
@@ -90,7 +90,7 @@ def train(
             before = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))
         _run(trainer, checkpoint, title, console)
     if config.keep_best:
-        metrics["best_step"] = float(trainer.load_best())
+        metrics["best_step"] = float(_best_loaded(trainer, console))
     metrics |= _measured(trainer, model)
     if val_set:
         after = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))
@@ -126,45 +126,6 @@ def refuse_leftovers(config: TrainConfig) -> None:
         )
 
 
-def check_packing(model: Any, rows: Rows, collator: Collator) -> None:
-    """Compare a packed row with its examples apart: not every model and PEFT method keeps them apart by position.
-
-    Raises:
-        UnsupportedError: The losses differ.
-    """
-    row = max((rows[i] for i in range(min(rows.real, 50))), key=len)
-    was_training = model.training
-    model.eval()
-
-    def loss(examples: list[Example]) -> float:
-        batch = {name: t.to(model.device) for name, t in collator([examples]).items() if name != "attention_mask"}
-        return float(model(**batch, use_cache=False, num_items_in_batch=1).loss)
-
-    with torch.inference_mode():
-        together, apart = loss(row), sum(loss([e]) for e in row)
-    model.train(was_training)
-    if abs(together - apart) > 1e-2 * abs(apart):
-        raise UnsupportedError(
-            f"packed examples see each other in {type(model).__name__}: their loss is {together:.4g} together "
-            f"and {apart:.4g} apart. Leave --packing out"
-        )
-
-
-def check_tasks(tasks: int, examples: Sequence[Example], *, packing: bool) -> None:
-    """Refuse what a method that holds several tasks cannot be trained on.
-
-    Raises:
-        ConfigError: An example is of a task that the adapter does not have, or examples are packed.
-    """
-    if tasks and packing:
-        raise ConfigError(
-            f"a row has one task, of the adapter's {tasks}, so examples cannot share it: leave --packing out"
-        )
-    highest = max((e.task for e in examples), default=0)
-    if tasks and highest >= tasks:
-        raise ConfigError(f"an example has task_id {highest}, but the adapter has {tasks} tasks, numbered from 0")
-
-
 def _prepared(
     config: TrainConfig,
     model: Any,
@@ -178,10 +139,12 @@ def _prepared(
     rows = Rows(train_set, per_step(config), context_length=config.context_length if config.packing else 0)
     pad = tokenizer.pad_token_id
     tasks = tasks_of(model)
-    check_tasks(tasks, [*train_set, *val_set] if tasks else [], packing=config.packing)
+    preflight.check_tasks(tasks, [*train_set, *val_set] if tasks else [], packing=config.packing)
+    if config.gradient_checkpointing:
+        preflight.check_recomputing(model)
     collator = ClassCollator(pad) if classes else Collator(pad, packed=config.packing, tasks=tasks)
     if isinstance(collator, Collator) and collator.packed:
-        check_packing(model, rows, collator)
+        preflight.check_packing(model, rows, collator)
     root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))
     checkpoint = None
     if config.resume:
@@ -215,6 +178,19 @@ def _run(trainer: AdapterTrainer, checkpoint: Path | None, title: str, console: 
             f"{name} after step {step} of {trainer.state.max_steps}; the same command with --resume goes on",
             stop.stopped,
         )
+
+
+def _best_loaded(trainer: AdapterTrainer, console: Console) -> int:
+    """Put the best step's weights into the model; return that step, or the last if its checkpoint is gone.
+
+    A training that ran to its end must not be lost because of one file.
+    """
+    try:
+        return trainer.load_best()
+    except ArtifactError as e:
+        damage = str(e).removesuffix("; export again.")
+        console.print(f"the best step cannot be saved: {damage}: saving the last", style="yellow", soft_wrap=True)
+        return int(trainer.state.global_step)
 
 
 def _measured(trainer: AdapterTrainer, model: Any) -> dict[str, float]:

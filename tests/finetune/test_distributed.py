@@ -114,8 +114,8 @@ def test_sharded_training_is_resumed(options: dict[str, Any], tmp_path: Path) ->
 
 
 def test_processes_stop_together_and_resume(options: dict[str, Any], tmp_path: Path) -> None:
-    """SIGTERM to one of two writes one checkpoint of one step; resumed, the curve is that of one process."""
-    options["max_train_step"] = 10
+    """SIGTERM to one of two writes one checkpoint of one step; resumed, the curve is that of one process; sorted, too."""
+    options |= {"max_train_step": 10, "group_by_length": True}
     stop_one_of_two(options, tmp_path / "out")
     assert 0 < checkpoints.step_of(checkpoints.listed(tmp_path / "out.checkpoints")[0]) < 10
     resumed = launch({**options, "resume": True}, tmp_path / "out", 2)

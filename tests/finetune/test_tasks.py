@@ -9,8 +9,8 @@ import pytest
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.batches import Collator
 from QEfficient.finetune.data import Example, StreamedExamples, digest, load_examples
+from QEfficient.finetune.preflight import check_tasks
 from QEfficient.finetune.streams import FileRows
-from QEfficient.finetune.train import check_tasks
 
 
 def test_a_row_names_its_task(write_rows: Callable[..., Path], tokenizer: Any) -> None:
