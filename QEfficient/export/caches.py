@@ -22,27 +22,28 @@ RECURRENT = ("conv_state", "recurrent_state")
 """Kinds of state that every token changes: nothing of it may be written twice, and padding must not reach it."""
 
 
-class _TracedCache(Cache):
+class TracedCache(Cache):
     """What both caches answer alike."""
 
     def __init__(self) -> None:
         super().__init__(layers=[])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # known by its type: see positions.py
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return 0, known by its type: see positions.py."""
         return PastLength(0)
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int:  # noqa: D102
         return 0
 
-    def is_recording_past(self, layer_idx: int) -> bool:
+    def is_recording_past(self, layer_idx: int) -> bool:  # noqa: D102
         return False
 
     @property
-    def is_compileable(self) -> bool:
+    def is_compileable(self) -> bool:  # noqa: D102
         return False
 
 
-class ShapeCache(_TracedCache):
+class ShapeCache(TracedCache):
     """A cache that records which layers keep what, ``{layer: {kind: shape}}``, and keeps nothing.
 
     Attributes:
@@ -98,7 +99,7 @@ class ShapeCache(_TracedCache):
             raise UnsupportedError(f"layer {layer_idx} writes {kind} twice, with shapes {known} and {shape}")
 
 
-class GraphCache(_TracedCache):
+class GraphCache(TracedCache):
     """A cache whose states are inputs and outputs of the graph.
 
     Args:
@@ -166,7 +167,7 @@ class GraphCache(_TracedCache):
         return self.states[name]
 
 
-class _Behind(_TracedCache):
+class _Behind(TracedCache):
     """A cache whose layers are counted behind those of another one, in the same states."""
 
     def __init__(self, cache: Any, layers: int) -> None:

@@ -21,15 +21,20 @@ _DRAWS = 300
 _SMALLEST_ALLOWED = 2  # PyTorch's lower bound of every dynamic size; sizes 1 and 0 never took another branch
 
 
-def check_sizes(exported: ExportedProgram, longest: int = 0) -> None:
+class SizeError(UnsupportedError):
+    """The model computes differently for some sizes."""
+
+
+def check_sizes(exported: ExportedProgram, longest: int = 0, fits: Any = None) -> None:
     """Take the assertions on sizes out of a traced program, if they hold for all sizes.
 
     Args:
         exported: The program.
         longest: A limit of a size that a caller keeps; 0 if there is none.
+        fits: A condition on sizes that a caller keeps: a call's tokens fit into the cache.
 
     Raises:
-        UnsupportedError: One does not; names it.
+        SizeError: One does not; names it.
     """
     limits: dict[Any, int] = {}
     for symbol, allowed in exported.range_constraints.items():
@@ -38,17 +43,15 @@ def check_sizes(exported: ExportedProgram, longest: int = 0) -> None:
         if longest and allowed.upper == longest:
             limits[symbol] = longest
         elif allowed.lower > _SMALLEST_ALLOWED or allowed.upper < max(_SIZES):
-            raise UnsupportedError(
-                f"the model computes differently outside of {allowed.lower} <= {symbol} <= {allowed.upper}"
-            )
+            raise SizeError(f"the model computes differently outside of {allowed.lower} <= {symbol} <= {allowed.upper}")
     graph = exported.graph_module.graph
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten._assert_scalar.default:
             continue
         condition = _expression(node.args[0])
         known = condition is not None and not any(_from_data(s) for s in condition.free_symbols)
-        if known and (broken := next(_counterexamples(condition, limits), None)) is not None:
-            raise UnsupportedError(f"the model computes differently unless {condition}, for example at {broken}")
+        if known and (broken := next(_counterexamples(condition, limits, fits), None)) is not None:
+            raise SizeError(f"the model computes differently unless {condition}, for example at {broken}")
         graph.erase_node(node)
     graph.eliminate_dead_code()
     exported.graph_module.recompile()
@@ -64,8 +67,8 @@ def _expression(argument: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymBool | torch.SymInt) else None
 
 
-def _counterexamples(condition: Any, limits: dict[Any, int]) -> Iterator[dict[str, int]]:
-    """Yield sizes for which ``condition``, a SymPy expression, does not hold."""
+def _counterexamples(condition: Any, limits: dict[Any, int], fits: Any) -> Iterator[dict[str, int]]:
+    """Yield sizes, such as a caller gives, for which ``condition``, a SymPy expression, does not hold."""
     symbols = sorted(condition.free_symbols, key=str)
     draw = random.Random(0)
     some = ([draw.choice(_SIZES) for _ in symbols] for _ in range(_DRAWS))
@@ -73,5 +76,8 @@ def _counterexamples(condition: Any, limits: dict[Any, int]) -> Iterator[dict[st
     for sizes in every:
         if any(n > limits.get(s, n) for s, n in zip(symbols, sizes, strict=True)):
             continue
-        if not bool(condition.xreplace({s: sympy.Integer(n) for s, n in zip(symbols, sizes, strict=True)})):
+        values = {s: sympy.Integer(n) for s, n in zip(symbols, sizes, strict=True)}
+        if fits is not None and fits.xreplace(values) == sympy.false:
+            continue
+        if not bool(condition.xreplace(values)):
             yield {str(s): n for s, n in zip(symbols, sizes, strict=True)}

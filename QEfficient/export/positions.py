@@ -5,6 +5,9 @@ A model that is given no positions asks its cache for ``past = get_seq_length()`
 ``arange(S) + past`` or ``table[:, past : past + S]``: one number for all rows. In a graph each row has its own. So the
 cache answers with :class:`PastLength`, and :class:`RowPositions` turns what is computed with it into ``(B, S)``
 positions. A use of it that is not known here is refused: positions are never wrong silently.
+
+Other models take a call's tokens for the last ones of their keys, ``table[:, :, K - S : K, :K]``. In a graph the keys are
+the whole cache, filled or not, and the call's tokens stand at their own positions.
 """
 
 from typing import Any
@@ -47,12 +50,13 @@ class RowPositions(TorchFunctionMode):
     """Context in which positions counted from :class:`PastLength` are each row's own.
 
     Args:
-        starts: Position of each row's first token, ``(B,)``.
+        position_ids: Positions of the call's tokens, ``(B, S)``, with -1 for padding.
     """
 
-    def __init__(self, starts: Tensor) -> None:
+    def __init__(self, position_ids: Tensor) -> None:
         super().__init__()
-        self.starts = starts
+        self.starts = position_ids[:, 0].clamp(min=0)
+        self.length = position_ids.shape[1]
         # One-dimensional tensors that count from each row's start, and their values for each row, ``(B, S)``.
         self._relative: dict[int, tuple[Tensor, Tensor]] = {}
         self._looked_up: dict[int, Tensor] = {}  # ``(B, S, D)`` that the model takes for ``(S, D)``
@@ -65,6 +69,8 @@ class RowPositions(TorchFunctionMode):
             return self._count(func, name, args, kwargs)
         if name == "__getitem__" and (axis := _past_axis(args[1])) is not None:
             return self._look_up(func, args[0], args[1], axis)
+        if name == "__getitem__" and (axis := self._last_axis(args[1])) is not None:
+            return self._look_up_last(func, args[0], args[1], axis)
         if (
             name == "repeat"
             and id(args[0]) in self._rows
@@ -105,6 +111,24 @@ class RowPositions(TorchFunctionMode):
             raise UnsupportedError("the model cuts its positions at the cache's length")
         counted = torch.arange(stop)[None] + self.starts[:, None]
         return func(table, counted) if axis == 0 else func(func(table, 0), counted)  # type: ignore[no-any-return]
+
+    def _last_axis(self, index: Any) -> int | None:
+        """Return which axis an index cuts from ``K - S`` to ``K``, as if the call's tokens were the last of the keys."""
+        parts = index if isinstance(index, tuple) else (index,)
+        for axis, part in enumerate(parts):
+            if isinstance(part, slice) and isinstance(part.start, torch.SymInt) and part.stop is not None:
+                if _expression(part.stop - part.start) == _expression(self.length):
+                    return axis
+        return None
+
+    def _look_up_last(self, func: Any, table: Tensor, index: Any, axis: int) -> Tensor:
+        """Return the rows ``K - S : K`` of a table, ``(1, 1, N, ...)``, at each row's own positions."""
+        if axis == 0 or any(size != 1 for size in table.shape[:axis]):
+            raise UnsupportedError("the model cuts a table of several rows at the cache's length")
+        counted = torch.arange(self.length)[None] + self.starts[:, None]
+        rows = func(table.reshape(table.shape[axis:]), counted)  # (B, S, ...)
+        rows = rows.reshape(rows.shape[0], *[1] * (axis - 1), *rows.shape[1:])
+        return func(rows, (*[slice(None)] * (axis + 1), *index[axis + 1 :]))  # type: ignore[no-any-return]
 
     def _mark(self, tensor: Tensor, own: Tensor | None = None) -> Tensor:
         self._relative[id(tensor)] = (tensor, tensor + self.starts[:, None] if own is None else own)
@@ -151,6 +175,10 @@ class RowPositions(TorchFunctionMode):
         if new and how == (*new, *[slice(None)] * (len(how) - len(new))) and len(how) - len(new) <= tensor.dim() - 1:
             return tensor.reshape(tensor.shape[0], *[1] * (len(new) - 1), *tensor.shape[1:])
         return func(*args)
+
+
+def _expression(size: int | torch.SymInt) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
 
 
 def _past_axis(index: Any) -> int | None:

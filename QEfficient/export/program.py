@@ -77,7 +77,7 @@ class Program(nn.Module):
             self._last_token_only(position_ids),
             _first_task(self.inner),
             Repairs(),
-            RowPositions(position_ids[:, 0].clamp(min=0)),
+            RowPositions(position_ids),
         ):
             out = torch.func.functional_call(self.inner, replaced, (), kwargs, tie_weights=False)
         return out.logits  # type: ignore[no-any-return]

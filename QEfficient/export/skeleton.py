@@ -41,7 +41,8 @@ def longest_context(text_config: Any) -> int:
     Rotary frequencies of the type ``longrope`` change for the whole batch, and not for what the cache holds already, as
     soon as its longest row is longer than the model was trained with at first.
     """
-    longest = int(getattr(text_config, "max_position_embeddings", 0) or 0)
+    named = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    longest = next((int(n) for n in named if n), 0)
     rope = getattr(text_config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     ends = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]

@@ -116,9 +116,11 @@ def prepare_graph(
     try:
         traced = trace(skeleton, lifted, adapter_name, logits=logits)
     except UnsupportedError as e:
-        if adapter_name is None:
+        if adapter_name is None or not _base_alone(model, logits):
             raise
-        raise UnsupportedError(f"{e} (if PEFT can merge the adapter, --merge exports the merged model)") from e
+        raise UnsupportedError(
+            f"{e}. The base alone can be exported: if PEFT can merge the adapter, --merge exports the merged model"
+        ) from e
     passes: tuple[Pass, ...] = (
         FoldConstants(),
         StaticReshape(),
@@ -130,6 +132,17 @@ def prepare_graph(
     # Now, while the weights are inputs still: the checker refuses to look at hard-linked files.
     onnx.checker.check_model(ir.to_proto(traced.model), full_check=True)
     return Prepared(folder, manifest, base, traced)
+
+
+def _base_alone(model: nn.Module, logits: str) -> bool:
+    """Whether a ``PeftModel``'s base can be traced without its adapters."""
+    skeleton = skeleton_of(model)
+    try:
+        base = skeleton.unload()  # type: ignore[operator]
+        trace(base, lift(base, None), None, logits=logits)
+    except (AttributeError, UnsupportedError):  # some methods cannot be taken out again
+        return False
+    return True
 
 
 def save_graph(prepared: "Prepared", neutral: Callable[[], Neutral] | None = None) -> Path:

@@ -10,17 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
+import sympy  # type: ignore[import-untyped]  # torch's own dependency: sizes are its expressions
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 
 from QEfficient.contract import INPUT_IDS, LOGITS, POSITION_IDS, RETAINED, AdapterSpec, StateSpec
-from QEfficient.errors import UnsupportedError
 from QEfficient.export.attention import OPSET
-from QEfficient.export.guards import check_sizes
+from QEfficient.export.guards import SizeError, check_sizes
 from QEfficient.export.layers import stamp
 from QEfficient.export.lift import Lifted, inner_model
 from QEfficient.export.program import Fakes, Program, learn
+from QEfficient.export.reasons import explained
+from QEfficient.export.skeleton import longest_context
 
 _SHORTEST_LIMIT = 16
 _FROM_DATA = re.compile(r"\bu\d+\b")
@@ -59,7 +61,7 @@ def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logi
     """
     program = Program(inner_model(skeleton), lifted, adapter_name, keep_all=logits == "all")
     fakes = Fakes()
-    with torch.no_grad(), _quiet(), _explained(program.inner):
+    with torch.no_grad(), _quiet(), explained(program.inner):
         learn(program, fakes)
         model = _to_onnx(program, fakes)
     traced = program.states_of(program.traced)
@@ -78,31 +80,55 @@ def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logi
 
 
 def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
-    batch, sequence, context = (torch.export.Dim(n) for n in ("batch_size", "seq_len", "ctx_len"))
+    config: Any = program.inner.config
+    longest = longest_context(config.get_text_config())
+    try:
+        exported = _export(program, fakes)
+    except (UserError, SizeError) as unlimited:
+        if longest < _SHORTEST_LIMIT:
+            raise
+        # Tables of positions end where the configuration says; the manifest names that limit, sessions keep it.
+        try:
+            exported = _export(program, fakes, longest)
+        except (UserError, SizeError):
+            raise unlimited from None
+    made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+    return made.model  # type: ignore[union-attr]
+
+
+def _export(program: Program, fakes: Fakes, longest: int = 0) -> torch.export.ExportedProgram:
+    """Trace the program for every size, or for calls and caches of at most ``longest`` tokens."""
+    limit = {"max": longest} if longest else {}
+    batch = torch.export.Dim("batch_size")
+    sequence, context = torch.export.Dim("seq_len", **limit), torch.export.Dim("ctx_len", **limit)
     specs = program.states_of(program.traced)
     ids = {0: batch} if program.one_token else {0: batch, 1: sequence}
     axes = program.lifted.rank_axes
     ranks = [{axes[name]: torch.export.Dim.DYNAMIC} if name in axes else {} for name in program.names]
     named = {"batch_size": batch, "ctx_len": context}
     axes_of = [{i: named[d] for i, d in enumerate(spec.shape) if isinstance(d, str)} for spec in specs]
-    shapes = (ids, ids, axes_of, ranks)
     tokens = (fakes.one_id, fakes.one_position) if program.one_token else (fakes.ids, fakes.positions)
-    args = (*tokens, fakes.states(specs), fakes.tensors(program))
-    settings: dict[str, Any] = {"strict": False, "prefer_deferred_runtime_asserts_over_guards": True}
-    longest = 0
-    try:
-        exported = torch.export.export(program, args, dynamic_shapes=shapes, **settings)
-    except UserError as e:
-        config: Any = program.inner.config
-        longest = int(getattr(config.get_text_config(), "max_position_embeddings", 0) or 0)
-        if program.one_token or longest < _SHORTEST_LIMIT or "Constraints violated (seq_len)" not in str(e):
-            raise
-        # A table of positions ends where the configuration says; the manifest names that limit, sessions keep it.
-        ids = {0: batch, 1: torch.export.Dim("seq_len", max=longest)}
-        exported = torch.export.export(program, args, dynamic_shapes=(ids, ids, *shapes[2:]), **settings)
-    check_sizes(exported, longest)
-    made = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-    return made.model  # type: ignore[union-attr]
+    exported = torch.export.export(
+        program,
+        (*tokens, fakes.states(specs), fakes.tensors(program)),
+        dynamic_shapes=(ids, ids, axes_of, ranks),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    check_sizes(exported, longest, _fits(exported, specs))
+    return exported
+
+
+def _fits(exported: torch.export.ExportedProgram, specs: tuple[StateSpec, ...]) -> Any:
+    """Return the condition that a call's tokens fit into the cache, on the sizes of a traced program; or ``None``."""
+    made = {node.name: node.meta.get("val") for node in exported.graph.nodes if node.op == "placeholder"}
+    ids, _, *states = (made[name] for name in exported.graph_signature.user_inputs)
+    caches = [
+        s.shape[spec.shape.index("ctx_len")] for s, spec in zip(states, specs, strict=False) if "ctx_len" in spec.shape
+    ]
+    sequence = ids.shape[1]
+    sized = caches and isinstance(sequence, torch.SymInt) and isinstance(caches[0], torch.SymInt)
+    return sympy.Le(sequence.node.expr, caches[0].node.expr) if sized else None
 
 
 def _adapter_shape(tensor: Tensor, axis: int | None) -> tuple[int | str, ...]:
@@ -153,22 +179,6 @@ def _name_dimensions(model: ir.Model, states: tuple[StateSpec, ...], adapter: tu
         if value.shape is not None:
             dims = [known.get(d.value, d) if isinstance(d, ir.SymbolicDim) else d for d in value.shape]
             value.shape = ir.Shape([None if _FROM_DATA.search(str(d)) else d for d in dims])
-
-
-@contextmanager
-def _explained(inner: nn.Module) -> Iterator[None]:
-    """Say of whatever goes wrong inside PyTorch that this model cannot be exported, and why."""
-    try:
-        yield
-    except UnsupportedError:
-        raise
-    except Exception as e:
-        cause: BaseException = e
-        while cause.__cause__ is not None:  # the exporter wraps what happened several times
-            cause = cause.__cause__
-        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-        reason = lines[0][:300] if lines else ""
-        raise UnsupportedError(f"{type(inner).__name__} cannot be exported: {type(cause).__name__}: {reason}") from e
 
 
 @contextmanager

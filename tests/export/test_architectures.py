@@ -16,7 +16,8 @@ SAMPLE = {
     "bart": "learned positions, counted from the cache's length",
     "roberta": "positions counted from the tokens themselves",
     "xglm": "positions end at a table's length",
-    "bloom": "ALiBi",
+    "mpt": "ALiBi, from a table that ends",
+    "gpt_neo": "windows cut from a table, as if a call's tokens were the last of the keys",
     "gpt_oss": "attention sinks, sliding windows, experts",
     "mixtral": "experts with LoRA on their stacked weights",
     "qwen3_next": "recurrent state beside keys and values",
@@ -48,8 +49,8 @@ def test_recurrent_session(tmp_path) -> None:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("way", ["range", "sum", "table"])
 def test_positions_are_each_row_own(way: str) -> None:
     """Whatever a model computes from the cache's length counts from each row's own start."""
-    starts, past, table = torch.tensor([4, 0]), PastLength(0), torch.arange(10, 30)[None]
-    with RowPositions(starts):
+    past, table = PastLength(0), torch.arange(10, 30)[None]
+    with RowPositions(torch.tensor([[4, 5, 6], [0, 1, 2]])):
         if way == "range":
             seen = torch.arange(past, past + 3).expand(2, -1) + 2
         elif way == "sum":
@@ -61,5 +62,6 @@ def test_positions_are_each_row_own(way: str) -> None:
 
 def test_unknown_use_of_positions_is_refused() -> None:
     """A computation of positions that is not understood is refused, not guessed."""
-    with RowPositions(torch.tensor([4, 0])), pytest.raises(UnsupportedError, match="computes its positions with"):
+    positions = torch.tensor([[4, 5, 6], [0, 1, 2]])
+    with RowPositions(positions), pytest.raises(UnsupportedError, match="computes its positions with"):
         torch.cumsum(torch.arange(3) + PastLength(0), 0)
