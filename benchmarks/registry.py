@@ -28,6 +28,7 @@ from QEfficient.compile.program import compile_graph
 from QEfficient.options import option, parse
 from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.requests import Request
+from QEfficient.serve.lanes import Lane, Lanes
 from QEfficient.serve.loading import Loader, graph_for
 from QEfficient.serve.registry import Registry
 
@@ -164,7 +165,6 @@ def main(argv: list[str]) -> int:
     base, adapters = prepare(options)
     graph = graph_for(str(base), {})
     program = compile_graph(graph, ctx_len=options.prompt + options.tokens, mixed=True)
-    loader = Loader(str(base), graph)
     engine = Engine(
         program,
         slots=8,
@@ -173,6 +173,7 @@ def main(argv: list[str]) -> int:
         threads=options.threads,
         prefix_bytes=0,
     ).start()
+    loader = Loader(Lanes(str(base), Lane(graph, engine)))
     registry = Registry(engine.residents, loader)
     for name, path in adapters.items():
         registry.register(name, path)
@@ -189,9 +190,8 @@ def main(argv: list[str]) -> int:
             registry.acquire(name).release()
         figures["all"].append(run(draw(options, turn), right))
         run.most_bytes, engine.residents.max_bytes = 0, options.resident * one
-        registry.residents.load(
-            "one-more", loader.tensors("one-more", adapters["a0000"], loader.digest(adapters["a0000"]))
-        )
+        found = loader.tensors("one-more", adapters["a0000"], loader.digest(adapters["a0000"]))
+        registry.residents.load("one-more", found[1] if found is not None else {})
         registry.residents.unload("one-more")  # until here the others were in memory; now no more than may be
         figures["few"].append(run(draw(options, turn), right))
     engine.close()

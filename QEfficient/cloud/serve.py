@@ -28,6 +28,10 @@ class Options:
     slots: int = option(8, "Requests that run at a time.")
     queue_len: int = option(64, "Requests that wait besides; more are refused with status 503.")
     ctx_len: int = option(1024, "Longest context, prompt and answer.")
+    graphs: int = option(
+        2,
+        "Most graphs; an adapter that does not fit the first (DoRA, IA3, …) gets one, with weights and cache of its own.",
+    )
     precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "int8", "int4"])
     threads: int = option(0, "Threads; 0: one for each physical core.")
     adapter_memory_mb: int = option(1024, "Most memory of resident adapters.")
@@ -52,7 +56,17 @@ def command(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     options = parse(Options, argv, prog="qefficient serve")
     adapters = parse_adapters(options.adapter)
-    for name in ("slots", "queue_len", "ctx_len", "adapter_memory_mb", "max_body_mb", "max_new_tokens", "replicas"):
+    positive = (
+        "slots",
+        "queue_len",
+        "ctx_len",
+        "graphs",
+        "adapter_memory_mb",
+        "max_body_mb",
+        "max_new_tokens",
+        "replicas",
+    )
+    for name in positive:
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     try:
@@ -67,6 +81,7 @@ def command(argv: Sequence[str]) -> int:
         "slots": options.slots,
         "ctx_len": options.ctx_len,
         "queue_len": options.queue_len,
+        "graphs": options.graphs,
         "precision": options.precision,
         "threads": options.threads or None,
         "adapter_bytes": options.adapter_memory_mb << 20,

@@ -87,7 +87,9 @@ def _checkpoint(base: str | Path, folder: Path, weights: str) -> Checkpoint:
 
 
 def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool = True) -> PeftModel | None:
-    """Return base and adapters without memory; ``None`` if an adapter's file cannot bring all that the graph takes.
+    """Return base and adapters without memory; ``None`` if an adapter's file does not bring all that the graph takes, and no more.
+
+    PEFT saves weights of the base, too, with an adapter of the embeddings or of ``lm_head``.
 
     Args:
         base: Folder or Hub id.
@@ -96,6 +98,8 @@ def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool
     """
     if not all(shapes_graph(adapter.config) for adapter in adapters.values()):
         return None  # virtual tokens run through the base's weights once
+    if any(".base_layer." in tensor for adapter in adapters.values() for tensor in adapter.tensors):
+        return None
     config = read_base_config(base)
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)  # type: ignore[no-untyped-call]

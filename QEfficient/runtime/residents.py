@@ -46,6 +46,7 @@ class Resident:
     Attributes:
         name: Of the adapter.
         version: Its name in the session.
+        home: Where it is.
         bytes: What it takes there.
         virtual_tokens: Entries that it puts first into every row.
         uses: Who holds it: requests, and whoever is about to make one.
@@ -55,6 +56,7 @@ class Resident:
 
     name: str
     version: str
+    home: "Residents"
     bytes: int = 0
     virtual_tokens: int = 0
     uses: int = 0
@@ -85,7 +87,7 @@ class Residents:
         self._numbers = itertools.count(1)
         self._moments = itertools.count(1)
         self._here: dict[str, Resident] = {}  # by version
-        self._newest: dict[str, Resident] = {BASE: Resident(BASE, BASE)}  # by name
+        self._newest: dict[str, Resident] = {BASE: Resident(BASE, BASE, self)}  # by name
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -134,7 +136,7 @@ class Residents:
             if not np.isfinite(tensor).all():
                 # Masked out, 0 * inf would still be NaN in every row.
                 raise AdapterMismatchError(f"adapter {name!r} cannot be used: {key!r} holds values that are not finite")
-        made = Resident(name, f"{name}@{next(self._numbers)}", uses=1)
+        made = Resident(name, f"{name}@{next(self._numbers)}", self, uses=1)
         self._session.load_adapter(made.version, tensors)
         made.bytes = self._session.adapter_bytes(made.version)
         made.virtual_tokens = self._session.entries_of(made.version)

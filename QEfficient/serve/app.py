@@ -100,7 +100,7 @@ def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[st
     async def adapters(request: Request) -> dict[str, Any]:
         """Tell the state of every adapter, what the checks said, and how busy the engine is."""
         allowed = {name for name, _ in server.models(_key(request))}
-        stats, registry = server.engine.stats(), server.registry
+        stats, registry, memory = server.lanes.stats(), server.registry, server.lanes.memory()
         key = _key(request)
         shown = [v for v in registry.entries() if v.name in allowed or key is None or not key.models]
         return {
@@ -119,7 +119,7 @@ def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[st
                 for v in shown
             ],
             "engine": {"slots": stats.slots, "active": stats.active, "waiting": stats.waiting},
-            "memory": {"adapters": registry.residents.bytes, "limit": registry.residents.max_bytes},
+            "memory": {"adapters": memory["bytes"], "limit": memory["limit"]},
         }
 
 

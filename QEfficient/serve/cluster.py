@@ -281,15 +281,25 @@ def serve_cluster(app: Any, *, host: str, port: int, address: str | None = None)
         host: Address to listen on.
         port: Port to listen on.
         address: Of a cluster that runs, as ``ray.init`` takes it; ``None``: this machine alone.
+
+    Raises:
+        ConfigError: There is no such cluster, or the replicas cannot start.
     """
     serve = _ray_serve()
     import ray
 
-    ray.init(
-        address=address, namespace="qefficient", log_to_driver=True, include_dashboard=False if not address else None
-    )
-    serve.start(http_options={"host": host, "port": port})
-    serve.run(app, name="qefficient", route_prefix="/")
+    dashboard = None if address else False
+    try:
+        ray.init(address=address, namespace="qefficient", log_to_driver=True, include_dashboard=dashboard)
+    except (ConnectionError, ValueError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"no Ray cluster at {address or 'this machine'}: {reason}") from e
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(app, name="qefficient", route_prefix="/")
+    except (ray.exceptions.RayError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"Ray Serve could not start the replicas; its log above says why ({reason})") from e
     ended = threading.Event()
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, lambda *_: ended.set())

@@ -35,7 +35,7 @@ class Verdict:
 
 
 class Source(Protocol):
-    """What the registry asks of a loader. All but ``fetch`` is called by one thread at a time."""
+    """What the registry asks of a loader. ``fetch`` is called by several threads, the others by one at a time."""
 
     def fetch(self, place: str | Path) -> Path:
         """Return an adapter's folder, downloaded if need be."""
@@ -46,8 +46,11 @@ class Source(Protocol):
     def examine(self, name: str, folder: Path) -> Verdict:
         """Check them."""
 
-    def tensors(self, name: str, folder: Path, digest: str) -> dict[str, Any]:
-        """Read them."""
+    def tensors(self, name: str, folder: Path, digest: str) -> tuple[Residents, dict[str, Any]] | None:
+        """Read them, and say where they belong; ``None``: they must be prepared first."""
+
+    def prepare(self, name: str, folder: Path, digest: str) -> None:
+        """Make ready what :meth:`tensors` then reads; takes its time, and a thread of its own."""
 
 
 @dataclass(slots=True)
@@ -72,8 +75,8 @@ class Counts:
 class Lease:
     """The right to use a version of an adapter; while it is held, the version stays in memory. A context manager."""
 
-    def __init__(self, residents: Residents, resident: Resident) -> None:
-        self._residents, self._held = residents, True
+    def __init__(self, resident: Resident) -> None:
+        self._held = True
         self.resident = resident
 
     @property
@@ -85,7 +88,7 @@ class Lease:
         """Give it back; a second time does nothing."""
         held, self._held = self._held, False
         if held:
-            self._residents.release(self.resident)
+            self.resident.home.release(self.resident)
 
     def __enter__(self) -> "Lease":
         return self

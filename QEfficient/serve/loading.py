@@ -2,25 +2,29 @@
 """From an adapter's folder to tensors that the engine takes, by way of the checks of ``qefficient test``."""
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from peft import LoraConfig, PeftConfig
 
-from QEfficient.contract import Manifest
 from QEfficient.errors import AdapterMismatchError, ArtifactError, QEffError, UnsupportedError
 from QEfficient.export.lift import lift, plain
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
-from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, fit, neutral_tensors, read_config, resolve
+from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, read_config, resolve
 from QEfficient.peft.loading import checkpoint_folder, read_base_config
 from QEfficient.peft.unloaded import export_adapters, skeleton_of
+from QEfficient.runtime.residents import Residents
 from QEfficient.serve.entries import Verdict
-from QEfficient.store import cache_root, digest_file
+from QEfficient.serve.lanes import Lanes
+from QEfficient.serve.logs import log
+from QEfficient.serve.preparing import content_digest, content_key
+from QEfficient.store import cache_root
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.selection import Selection
@@ -34,18 +38,15 @@ class Loader:
     """Reads, checks and fits adapters of one base.
 
     Args:
-        base: Folder or Hub id of the base.
-        graph: Folder of the graph that runs.
+        lanes: Where they may go.
         most_bytes: Larger files are refused before they are read.
     """
 
-    def __init__(self, base: str, graph: Path, *, most_bytes: int = 1 << 34) -> None:
-        self.base = base
-        self.manifest = Manifest.read(graph)
-        self._neutral = neutral_tensors(graph)
-        self._config = read_base_config(base)
+    def __init__(self, lanes: Lanes, *, most_bytes: int = 1 << 34) -> None:
+        self.base, self._lanes = lanes.base, lanes
+        self._config = read_base_config(self.base)
         self._most_bytes = most_bytes
-        self._scalings: dict[str, dict[str, float]] = {}
+        self._scalings: dict[str, dict[str, float] | None] = {}
 
     def fetch(self, place: str | Path) -> Path:
         """Return an adapter's folder, downloaded from the Hub if need be.
@@ -68,7 +69,7 @@ class Loader:
             raise ArtifactError(f"the adapter has no {WEIGHTS_FILE}{hint}")
         if (size := file.stat().st_size) > self._most_bytes:
             raise ArtifactError(f"{WEIGHTS_FILE} has {size} bytes, at most {self._most_bytes} are allowed")
-        return digest_file(file) + digest_file(folder / "adapter_config.json")
+        return content_digest(folder)
 
     def examine(self, name: str, folder: Path) -> Verdict:
         """Ask the checks of ``qefficient test`` that need no model run."""
@@ -82,47 +83,73 @@ class Loader:
         refused = str(found.error) if found.error is not None else " ".join(failed)
         return Verdict(refused, warned, digest)
 
-    def tensors(self, name: str, folder: Path, digest: str) -> dict[str, Array]:
-        """Return what the engine takes.
+    def tensors(self, name: str, folder: Path, digest: str) -> tuple[Residents, dict[str, Array]] | None:
+        """Return what an engine takes, and which; ``None``: it must be prepared first.
 
         Raises:
-            AdapterMismatchError: The adapter does not fit the graph.
             ArtifactError: The files are no longer those that had ``digest``.
         """
+        for lane in self._lanes:
+            if (found := lane.prepared(content_key(digest))) is not None:
+                return lane.engine.residents, lane.fitted(found)
         adapter = Adapter.load(folder, name)
         if self.digest(folder) != digest:
             raise ArtifactError(f"the files of adapter {name!r} changed while they were read; load it again")
+        scalings = self._scalings_of(adapter)
+        if scalings is None:
+            return None
+        whole = Adapter(name, adapter.config, adapter.tensors, scalings)
+        for lane in self._lanes:
+            with suppress(AdapterMismatchError):
+                return lane.engine.residents, lane.fitted(whole)
+        return None
+
+    def prepare(self, name: str, folder: Path, digest: str) -> None:
+        """Make ready an adapter whose file alone is not enough, or which needs a graph of its own.
+
+        Raises:
+            QEffError: As :meth:`Lanes.prepare`.
+        """
+        self._lanes.prepare(content_key(digest), name, folder)
+
+    def _scalings_of(self, adapter: Adapter) -> dict[str, float] | None:
+        """Return an adapter's scalings, ``None`` if it has more than matrices of linear layers."""
         fields = {k: v for k, v in plain(adapter.config.to_dict()).items() if k != "base_model_name_or_path"}
         key = json.dumps(fields, sort_keys=True)
         if key not in self._scalings:  # most adapters of a base share their configuration
             if len(self._scalings) >= _MOST_SCALINGS:
                 self._scalings.pop(next(iter(self._scalings)))
-            self._scalings[key] = self._scalings_of(adapter)
-        whole = Adapter(name, adapter.config, adapter.tensors, self._scalings[key])
-        return {n: np.asarray(t) for n, t in fit(whole, self.manifest, self._neutral).items()}
-
-    def _scalings_of(self, adapter: Adapter) -> dict[str, float]:
-        skeleton = skeleton_of(self.base, {adapter.name: adapter})
-        if skeleton is None:
-            raise UnsupportedError(
-                f"adapter {adapter.name!r} has more than matrices of linear layers (DoRA, modules_to_save, …), which this server's "
-                "graph has no inputs for; merge it and serve it as a base of its own"
-            )
-        return lift(skeleton, adapter.name).scalings
+            skeleton = skeleton_of(self.base, {adapter.name: adapter})
+            self._scalings[key] = lift(skeleton, adapter.name).scalings if skeleton is not None else None
+        return self._scalings[key]
 
 
 def graph_for(base: str, adapters: Mapping[str, str | Path]) -> Path:
-    """Export the graph that serves a base: LoRA on every linear layer, or the method of the first adapter that is not LoRA.
+    """Export the graph that serves a base: LoRA on every linear layer, or what the first adapter needs if none of them is LoRA.
+
+    An adapter that cannot be read says nothing here; it is refused when it is asked for.
 
     Raises:
         QEffError: As :func:`export_adapters`.
     """
+    others: dict[str, Path] = {}
     for name, path in adapters.items():
-        config = read_config(resolve(path))
-        if not isinstance(config, LoraConfig) or config.use_dora:
-            return export_adapters(base, {name: path})
-    wanted = LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM")
-    return _export_structure(base, wanted)
+        try:
+            folder = resolve(path)
+            config = read_config(folder)
+        except QEffError as e:
+            log("adapter cannot be read", level=logging.WARNING, model=name, reason=str(e))
+            continue
+        if isinstance(config, LoraConfig) and not config.use_dora and not config.modules_to_save:
+            others = {}
+            break
+        others = others or {name: folder}
+    for name, folder in others.items():
+        try:
+            return export_adapters(base, {name: folder})
+        except QEffError as e:
+            log("adapter cannot be exported", level=logging.WARNING, model=name, reason=str(e))
+    return _export_structure(base, LoraConfig(r=1, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
 def _export_structure(base: str, config: PeftConfig) -> Path:

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from typing import Any
 
 LOGGER = logging.getLogger("qefficient.serve")
@@ -34,3 +35,15 @@ def configure() -> None:
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
         logger.setLevel(logging.INFO)
+    silence_libraries()
+
+
+def silence_libraries() -> None:
+    """Keep what libraries tell developers, and their progress bars, out of the log."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    warnings.simplefilter("ignore")
+    disable_progress_bars()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -28,11 +28,11 @@ _FETCHES = 4
 
 @dataclass(slots=True)
 class Registry:
-    """Adapters of one engine.
+    """Adapters of one base.
 
     Args:
-        residents: The engine's adapters.
-        source: Fetches, checks and reads them.
+        residents: Of the engine that serves the base.
+        source: Fetches, checks and reads them, and knows the engines.
         seconds: How long a load waits for memory that others use.
         on_load: Told of each load, for metrics: adapter and seconds.
     """
@@ -47,6 +47,7 @@ class Registry:
     _closed: bool = False
     _fetcher: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_FETCHES, "adapter-fetcher"))
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "adapter-loader"))
+    _preparer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "adapter-preparer"))
 
     # -- what is known
 
@@ -116,10 +117,10 @@ class Registry:
             entry = Entry(BASE, "", resident=self.residents.find(BASE)) if name == BASE else self._find(name)
             if entry.refused:
                 raise _refusal(name, entry.refused)
-            if entry.resident is not None and self.residents.try_hold(entry.resident):
+            if entry.resident is not None and entry.resident.home.try_hold(entry.resident):
                 self.counts.hits += name != BASE
                 there: Future[Lease] = Future()
-                there.set_result(Lease(self.residents, entry.resident))
+                there.set_result(Lease(entry.resident))
                 return there
             self.counts.misses += 1
             return self._ask(entry)
@@ -136,7 +137,8 @@ class Registry:
         """Load nothing any more; who waits is refused."""
         with self._lock:
             self._closed = True
-        self._fetcher.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._fetcher, self._preparer):
+            executor.shutdown(wait=False, cancel_futures=True)
         self._worker.shutdown(wait=True, cancel_futures=True)
         with self._lock:
             for entry in self._current.values():
@@ -154,9 +156,10 @@ class Registry:
             raise ConfigError(f"there already is an adapter {name!r}; unload it first, or replace it")
 
     def _forget(self, name: str) -> None:
-        self._current.pop(name, None)
-        with suppress(AdapterNotFoundError):  # known, but not resident
-            self.residents.unload(name)
+        entry = self._current.pop(name, None)
+        if entry is not None and entry.resident is not None:
+            with suppress(AdapterNotFoundError):  # it was evicted
+                entry.resident.home.unload(name)
 
     def _ask(self, entry: Entry) -> "Future[Lease]":
         """Wait for an entry that is not resident; the first who does makes it come."""
@@ -192,6 +195,9 @@ class Registry:
         start = time.perf_counter()
         try:
             resident = self._bring(entry)
+            if resident is None:
+                self._preparer.submit(self._prepare, entry)
+                return
         except Exception as e:  # whatever is wrong with one adapter, the others go on
             self._refuse(entry, e)
             return
@@ -204,7 +210,16 @@ class Registry:
             self._arrive(entry, resident)
         self.on_load(entry.name, seconds)
 
-    def _bring(self, entry: Entry) -> Resident:
+    def _prepare(self, entry: Entry) -> None:
+        """Make an adapter ready that cannot be loaded as it lies there; then load it."""
+        try:
+            self.source.prepare(entry.name, entry.folder or Path(), entry.digest)
+            self._worker.submit(self._load, entry)
+        except Exception as e:  # as above
+            self._refuse(entry, e)
+
+    def _bring(self, entry: Entry) -> Resident | None:
+        """Return an adapter that is resident now, or nothing if it must be prepared first."""
         folder = entry.folder or Path()
         if not entry.digest:
             verdict = self.source.examine(entry.name, folder)
@@ -216,8 +231,8 @@ class Registry:
             raise AdapterMismatchError(
                 "its files changed since they were checked; load it again to serve the new version"
             )
-        tensors = self.source.tensors(entry.name, folder, entry.digest)
-        return self.residents.add(entry.name, tensors, seconds=self.seconds)
+        found = self.source.tensors(entry.name, folder, entry.digest)
+        return found and found[0].add(entry.name, found[1], seconds=self.seconds)
 
     def _arrive(self, entry: Entry, resident: Resident) -> None:
         """Give an adapter that is resident now to those who wait; if it is still the one of its name, to later ones too."""
@@ -227,19 +242,20 @@ class Registry:
                     raise AdaptersFullError("nobody waits for it any more")
                 self._need_free(entry.name, entry.replaces)
                 entry.candidate = False
+                self._forget(entry.name)
                 self._current[entry.name] = entry
             entry.resident = resident
             if self._current.get(entry.name) is entry:
-                self.residents.publish(resident)
+                resident.home.publish(resident)
             waiting, entry.waiting = entry.waiting, []
             for asked in waiting:
                 if asked.set_running_or_notify_cancel():
-                    self.residents.try_hold(resident)
-                    asked.set_result(Lease(self.residents, resident))
+                    resident.home.try_hold(resident)
+                    asked.set_result(Lease(resident))
         except (ConfigError, AdaptersFullError) as e:
             self._refuse(entry, e, for_good=False)
         finally:
-            self.residents.release(resident)
+            resident.home.release(resident)
 
     def _refuse(self, entry: Entry, error: Exception, *, for_good: bool = True) -> None:
         """Tell those who wait why there is no adapter; ``for_good``: later ones, too."""

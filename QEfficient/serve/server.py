@@ -21,6 +21,7 @@ from QEfficient.serve.completions import Answer
 from QEfficient.serve.config import Key, Keys, Limits, Places
 from QEfficient.serve.entries import Lease
 from QEfficient.serve.failures import Refusal
+from QEfficient.serve.lanes import Lanes
 from QEfficient.serve.logs import log
 from QEfficient.serve.metrics import Metrics
 from QEfficient.serve.registry import Registry
@@ -60,15 +61,15 @@ class Server:
     """What the routes call.
 
     Args:
-        engine: Started.
-        registry: Its adapters.
+        lanes: The engines, started.
+        registry: Their adapters.
         prompts: The base's tokenizer.
         base: What clients call the base, besides ``"base"``.
         eos_ids: Tokens that end an answer.
         ctx_len: Longest context.
     """
 
-    engine: Engine
+    lanes: Lanes
     registry: Registry
     prompts: Prompts
     base: str
@@ -91,6 +92,11 @@ class Server:
         self._workers = ThreadPoolExecutor(64, "waits-for-adapter")
 
     # -- what there is
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that serves the base."""
+        return self.lanes.first.engine
 
     def models(self, key: Key | None) -> list[tuple[str, str | None]]:
         """Return the names that a client may ask for, and the base each stands on."""
@@ -151,6 +157,7 @@ class Server:
         lease = await self._lease(name)
         seed = body.seed if body.seed is not None else random.getrandbits(48)
         job = Job(name, [], sum(map(len, prompts)), lease)
+        engine = self.lanes.engine_of(lease.resident)
         try:
             for ids, length in zip(prompts, lengths, strict=True):
                 for i in range(count):
@@ -162,7 +169,7 @@ class Server:
                         sampling=_sampling(body, seed + i),
                         logprobs=logprobs,
                     )
-                    job.answers.append(Answer(self.engine, request, self.prompts.tokenizer, body.stops()))
+                    job.answers.append(Answer(engine, request, self.prompts.tokenizer, body.stops()))
         except BaseException:
             job.close()
             raise
@@ -205,8 +212,9 @@ class Server:
     def close(self) -> None:
         """Stop for good."""
         self.abort_all()
+        self.lanes.stop()
         self.registry.close()
-        self.engine.close(timeout=5.0)
+        self.lanes.close(timeout=5.0)
         self._workers.shutdown(wait=False, cancel_futures=True)
 
     # -- adapters
@@ -266,8 +274,9 @@ class Server:
         log("adapter resident", model=name, seconds=round(seconds, 4))
 
     def _snapshot(self) -> dict[str, tuple[str, float | Mapping[str, float]]]:
-        stats, counts, residents = self.engine.stats(), self.registry.counts, self.engine.residents
+        stats, counts, memory = self.lanes.stats(), self.registry.counts, self.lanes.memory()
         return {
+            "qeff_graphs": ("Graphs, each with an engine.", len(self.lanes)),
             "qeff_slots": ("Requests that can run at a time.", stats.slots),
             "qeff_slots_active": ("Requests that run.", stats.active),
             "qeff_queue_waiting": ("Requests that wait for a slot.", stats.waiting),
@@ -276,13 +285,13 @@ class Server:
             "qeff_prefix_tokens_total": ("Prompt tokens that were copied from a kept prefix.", stats.reused),
             "qeff_prefix_bytes": ("What kept prefixes of prompts take.", stats.prefix_bytes),
             "qeff_adapters_registered": ("Adapters that are known.", len(self.registry.names)),
-            "qeff_adapters_resident": ("Adapters in memory.", len(residents)),
-            "qeff_adapters_resident_bytes": ("What they take.", residents.bytes),
-            "qeff_adapters_max_bytes": ("What they may take.", residents.max_bytes or 0),
+            "qeff_adapters_resident": ("Adapters in memory.", memory["adapters"] or 0),
+            "qeff_adapters_resident_bytes": ("What they take.", memory["bytes"] or 0),
+            "qeff_adapters_max_bytes": ("What they may take.", memory["limit"] or 0),
             "qeff_adapter_hits_total": ("Requests whose adapter was in memory.", counts.hits),
             "qeff_adapter_misses_total": ("Requests that waited for one.", counts.misses),
             "qeff_adapter_loads_total": ("Adapters loaded.", counts.loads),
-            "qeff_adapter_evictions_total": ("Adapters evicted.", residents.evictions),
+            "qeff_adapter_evictions_total": ("Adapters evicted.", memory["evictions"] or 0),
             "qeff_adapter_refusals_total": ("Adapters refused.", counts.refusals),
         }
 

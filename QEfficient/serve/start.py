@@ -17,6 +17,7 @@ from QEfficient.runtime.engine import Engine
 from QEfficient.serve.access import HEADER_BYTES, protocol
 from QEfficient.serve.app import create_app
 from QEfficient.serve.config import Keys
+from QEfficient.serve.lanes import Lane, Lanes
 from QEfficient.serve.loading import Loader, graph_for
 from QEfficient.serve.logs import log
 from QEfficient.serve.registry import Registry
@@ -36,6 +37,7 @@ def build(
     prefix_bytes: int = 256 << 20,
     threads: int | None = None,
     chat_template: str = "",
+    graphs: int = 2,
     **options: Any,
 ) -> Server:
     """Make a server; its engine runs already.
@@ -50,6 +52,7 @@ def build(
         adapter_bytes: Most memory of resident adapters.
         prefix_bytes: Most memory of what prompts leave for others that begin alike; 0: none.
         threads: Of one call of the program.
+        graphs: Most graphs; an adapter that fits none gets one of its own kind, with the base's weights and a cache of its own.
         chat_template: Text of a template that replaces the tokenizer's.
         **options: Fields of :class:`Server`: ``limits``, ``keys``, ``places``, ``log_prompts``.
 
@@ -59,23 +62,26 @@ def build(
     tokenizer = _tokenizer(base)
     if chat_template:
         tokenizer.chat_template = chat_template
+    compiling: dict[str, Any] = {"ctx_len": ctx_len, "precision": precision, "mixed": True}
+
+    def open_engine(program: Path) -> Engine:
+        return Engine(
+            program,
+            slots=slots,
+            ctx_len=ctx_len,
+            queue_len=queue_len,
+            threads=threads,
+            adapter_bytes=adapter_bytes,
+            prefix_bytes=prefix_bytes,
+        ).start()
+
     graph = graph_for(base, adapters)
-    program = compile_graph(graph, ctx_len=ctx_len, precision=precision, mixed=True)
-    loader = Loader(base, graph, most_bytes=adapter_bytes)
-    engine = Engine(
-        program,
-        slots=slots,
-        ctx_len=ctx_len,
-        queue_len=queue_len,
-        threads=threads,
-        adapter_bytes=adapter_bytes,
-        prefix_bytes=prefix_bytes,
-    )
-    registry = Registry(engine.residents, loader)
+    first = Lane(graph, open_engine(compile_graph(graph, **compiling)))
+    lanes = Lanes(base, first, open_engine, most=graphs, compiling=compiling)
+    registry = Registry(first.engine.residents, Loader(lanes, most_bytes=adapter_bytes))
     for name, path in adapters.items():
         registry.register(name, path)
-    engine.start()
-    return Server(engine, registry, Prompts(tokenizer), base, _eos(base, tokenizer), ctx_len, **options)
+    return Server(lanes, registry, Prompts(tokenizer), base, _eos(base, tokenizer), ctx_len, **options)
 
 
 def serve(server: Server, *, host: str, port: int) -> None:

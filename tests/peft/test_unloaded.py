@@ -53,6 +53,15 @@ def test_methods_that_need_the_base_load_it(tmp_path: Path) -> None:
     assert (folder / "neutral.safetensors").is_file()
 
 
+def test_weights_of_the_base_beside_the_adapter(tmp_path: Path) -> None:
+    """PEFT saves ``lm_head`` itself with LoRA on it; that is not taken for a tensor of another base."""
+    base = save_base(tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "a", config=lora(target_modules=["q_proj", "lm_head"]))
+    assert any(".base_layer." in name for name in Adapter.load(adapter, "a").tensors)
+    folder = export_adapters(base, {"a": adapter}, tmp_path / "graph")
+    assert "base_model.model.lm_head.lora_A.weight" in read_exported(folder / "adapters" / "a.safetensors").tensors
+
+
 def test_a_task_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--task`` takes that task's tensors; a number that the adapter has not, and a name that was not given, are refused."""
     base = save_base(tmp_path / "base")

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from QEfficient.runtime.requests import Request
+from QEfficient.serve.preparing import Preparer, Wanted, prepare
 from QEfficient.serve.registry import Registry
 from QEfficient.serve.server import Server
 from QEfficient.serve.start import build
@@ -91,6 +92,14 @@ class Running:
         return self.process.wait(timeout=120)
 
 
+class Here(Preparer):
+    """Prepares in this process, which has the libraries already."""
+
+    def __call__(self, wanted: Wanted) -> tuple[Path, Path | None]:
+        """Prepare an adapter."""
+        return prepare(wanted)
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.socket() as s:
@@ -151,6 +160,7 @@ def server(place: Place) -> Iterator[Server]:
     for seed, name in enumerate(names[2:], 3):
         place.add(name, seed=seed)
     made = build(str(place.base), {n: place.adapters / n for n in names}, slots=2, ctx_len=64, threads=1)
+    made.lanes.preparer = Here()
     yield made
     made.close()
 

@@ -96,6 +96,8 @@ def test_two_nodes(place: Place, tmp_path: Path) -> None:
     pytest.importorskip("ray.serve", reason="needs the extra ray")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     env["PYTHONPATH"] = str(Path(__file__).parents[2])
+    env["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"  # on a busy machine Ray's 5 s are not enough
+    env["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "300"
     nodes = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=-1, stdout=-1, env=env, text=True)
     port, log = free_port(), tmp_path / "log"
     command = [sys.executable, "-m", "QEfficient.cloud", "serve", str(place.base), "--engine", "ray", "--replicas", "2"]
@@ -106,7 +108,7 @@ def test_two_nodes(place: Place, tmp_path: Path) -> None:
     running = Running(subprocess.Popen(command, stderr=log.open("w"), env=env, text=True), port, log)
     try:
         deadline = time.monotonic() + 900
-        while "ready" not in log.read_text():
+        while '"event": "ready"' not in log.read_text():
             assert running.process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)

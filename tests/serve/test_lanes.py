@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Adapters of every kind from one server: what does not fit the first graph gets one of its own, and answers as PyTorch does."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from peft import IA3Config, PeftModel, PrefixTuningConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM
+
+from QEfficient.errors import AdapterMismatchError
+from QEfficient.runtime.requests import Request
+from QEfficient.serve.server import Server
+from QEfficient.serve.start import build
+from tests.serve.conftest import Here, Place, Running
+from tests.tiny import lora, save_adapter
+
+PROMPT = (70, 71, 72, 73)
+COUNT = 12
+OTHERS = {
+    "dora": lora(use_dora=True),
+    "head": lora(modules_to_save=["lm_head"]),
+    "ia3": IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+}
+
+
+def expected(base: Path, adapter: Path) -> list[int]:
+    """Return PyTorch's greedy answer."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), str(adapter))
+    ids = torch.tensor([PROMPT])
+    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=COUNT, do_sample=False)
+    return [int(i) for i in out[0, len(PROMPT) :]]
+
+
+def answers(server: Server, names: list[str]) -> dict[str, list[int]]:
+    """Return what adapters answer that run at the same time."""
+    leases = [server.registry.acquire(name, seconds=600) for name in names]
+    streams = []
+    for lease in leases:
+        request = Request(
+            prompt_ids=PROMPT, adapter=lease.version, max_new_tokens=COUNT, eos_ids=frozenset(server.eos_ids)
+        )
+        streams.append(server.lanes.engine_of(lease.resident).submit(request))
+    assert all(s.wait(600) for s in streams)
+    for lease in leases:
+        lease.release()
+    return {name: [t.id for t in stream.tokens] for name, stream in zip(names, streams, strict=True)}
+
+
+@pytest.fixture(scope="module")
+def kinds(place: Place) -> dict[str, Path]:
+    """Write adapters of many kinds."""
+    made = {n: save_adapter(place.base, place.adapters / n, seed=9, scale=0.3, config=c) for n, c in OTHERS.items()}
+    return {"one": place.adapters / "one", **made}
+
+
+@pytest.fixture
+def make(place: Place) -> Iterator[Callable[..., Server]]:
+    """Return what makes a server that prepares in this process."""
+    made: list[Server] = []
+
+    def begin(adapters: dict[str, Path], **options: Any) -> Server:
+        made.append(build(str(place.base), adapters, slots=4, ctx_len=64, threads=1, **options))
+        made[-1].lanes.preparer = Here()
+        return made[-1]
+
+    yield begin
+    for server in made:
+        server.close()
+
+
+def test_lora_dora_and_virtual_tokens_from_one_server(make: Callable[..., Server], place: Place, kinds: Any) -> None:
+    """DoRA gets a graph of its own, virtual tokens run on LoRA's; what comes second of a kind needs no other graph."""
+    names = ["one", "dora", "prefix"]
+    server = make({n: kinds[n] for n in names})
+    right = {n: expected(place.base, kinds[n]) for n in names}
+    assert len(server.lanes) == 1
+    assert answers(server, names) == right
+    assert len(server.lanes) == 2
+    place_of = {e.name: e.resident.home for e in server.registry.entries() if e.resident}
+    assert place_of["one"] is place_of["prefix"] is server.engine.residents
+    assert place_of["dora"] is not place_of["one"]
+    server.registry.load("late", kinds["dora"], replace=False)
+    assert answers(server, ["late", "one"]) == {"late": right["dora"], "one": right["one"]}
+    # An adapter may be replaced by one of another kind; nothing of the old one stays.
+    server.registry.load("late", kinds["one"], replace=True)
+    assert answers(server, ["late", "dora"]) == {"late": right["one"], "dora": right["dora"]}
+    assert [len(lane.engine.residents) for lane in server.lanes] == [3, 1]
+    assert server.lanes.stats().slots == 8
+    assert server.metrics.text().count(b"qeff_graphs 2.0") == 1
+
+
+def test_as_many_graphs_as_may_be(make: Callable[..., Server], kinds: Any) -> None:
+    """One graph more than allowed is refused with what to do, and the others go on."""
+    server = make({n: kinds[n] for n in ("one", "dora")}, graphs=1)
+    with pytest.raises(AdapterMismatchError, match="--graphs"):
+        server.registry.acquire("dora", seconds=600)
+    assert len(answers(server, ["one"])["one"]) > 0
+
+
+@pytest.mark.slow
+def test_every_kind_over_http(start: Callable[..., Running], place: Place, kinds: dict[str, Path]) -> None:
+    """A real server, which prepares in another process, answers for all of them; without LoRA the first graph is of another kind."""
+    options = [f"--adapter={n}={p}" for n, p in kinds.items() if n != "one"]
+    client = start("--graphs", "4", *options).client().with_options(timeout=600, max_retries=5)
+    for name, path in kinds.items():
+        prompt = list(PROMPT)
+        answer = client.completions.create(model=name, prompt=prompt, max_tokens=COUNT, temperature=0, logprobs=0)
+        want = expected(place.base, path)
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == len(want), name
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="nobody", prompt="x")
