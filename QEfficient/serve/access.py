@@ -13,12 +13,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from QEfficient.serve.config import Key, Keys, Limits
 from QEfficient.serve.failures import Refusal
+from QEfficient.serve.logs import log
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 
-OPEN = frozenset({"/", "/health", "/openapi.json", "/docs"})
+OPEN = frozenset({"/", "/health", "/openapi.json"})
 """What needs no key: it tells nothing about adapters or clients."""
 
 HEADER_BYTES = 64 << 10
@@ -32,10 +33,13 @@ class Door:
         app: What stands behind it.
         keys: Who may come in.
         limits: How much they may bring, and how slowly.
+        on_refusal: Told the status of each that is not let in.
     """
 
-    def __init__(self, app: Any, *, keys: Keys, limits: Limits) -> None:
-        self._app, self._keys, self._limits = app, keys, limits
+    def __init__(
+        self, app: Any, *, keys: Keys, limits: Limits, on_refusal: Callable[[int], None] = lambda status: None
+    ) -> None:
+        self._app, self._keys, self._limits, self._on_refusal = app, keys, limits, on_refusal
         self._running: Counter[str] = Counter()
         self._recent: dict[str, deque[float]] = {}
 
@@ -54,6 +58,8 @@ class Door:
             self._admit(key, scope["path"])
             body = _readable(await self._body(scope, receive))
         except Refusal as e:
+            log("refused", key=key.name if key else None, path=scope["path"], status=e.status, code=e.code)
+            self._on_refusal(e.status)
             await _answer(paced, e)
             return
         if key is None:

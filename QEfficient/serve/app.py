@@ -18,11 +18,13 @@ from QEfficient.serve.access import Door
 from QEfficient.serve.config import Key
 from QEfficient.serve.failures import Refusal, refusal_of
 from QEfficient.serve.logs import log
+from QEfficient.serve.metrics import METRICS_TYPE
 from QEfficient.serve.responses import answer
 from QEfficient.serve.schemas import ChatRequest, CompletionRequest, ErrorAnswer, LoadRequest, UnloadRequest
 from QEfficient.serve.server import Server
 
 PAGE = Path(__file__).with_name("page.html")
+_LONGEST_NAME = 100
 _REFUSED = (400, 401, 403, 404, 408, 413, 422, 429, 503)
 
 
@@ -42,6 +44,7 @@ def create_app(server: Server, *, door: bool = True) -> FastAPI:
         log("closed")
 
     app = FastAPI(title="Efficient Transformers", version="1", lifespan=lifespan, redoc_url=None, docs_url=None)
+    app.state.server = server
     refused: dict[int | str, dict[str, Any]] = {s: {"model": ErrorAnswer} for s in _REFUSED}
     _add_openai(app, server, refused)
     _add_adapters(app, server, refused)
@@ -51,7 +54,7 @@ def create_app(server: Server, *, door: bool = True) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(Exception, _answer_error)
     if door:
-        app.add_middleware(Door, keys=server.keys, limits=server.limits)
+        app.add_middleware(Door, keys=server.keys, limits=server.limits, on_refusal=server.metrics.count_refusal)
     return app
 
 
@@ -133,7 +136,7 @@ def _add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
         """Tell Prometheus."""
-        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(server.metrics.text(), media_type=METRICS_TYPE)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -168,20 +171,40 @@ async def _answer_error(request: Request, error: Exception) -> Response:
     refusal = refusal_of(error)
     if refusal.status >= 500 and not isinstance(error, QEffError):
         log("request failed", level=logging.ERROR, exception=error, path=request.url.path)
-    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers)
+    return _answer(request, refusal)
 
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     message = {404: "no such path", 405: "this path takes another method"}.get(status, "invalid request")
-    refusal = Refusal(status, message)
-    headers = dict(getattr(error, "headers", None) or {})
-    return JSONResponse(refusal.body, status, headers=headers)
+    return _answer(request, Refusal(status, message), dict(getattr(error, "headers", None) or {}))
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
     """Name the first field at fault; what was sent is not sent back."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "invalid"}
-    param = ".".join(str(p) for p in first["loc"][1:]) or None
-    refusal = Refusal(400, f"{param or 'body'}: {first['msg']}", code="invalid_value", param=param)
-    return JSONResponse(refusal.body, 400)
+    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "", "type": ""}
+    param = ".".join(str(p) for p in first["loc"][1:])[:_LONGEST_NAME] or None
+    if first["type"] == "json_invalid":
+        message, param = "the body is not JSON", None
+    elif param is None:
+        message = "the body must be a JSON object, with the header content-type: application/json"
+    elif first["type"] == "extra_forbidden":
+        message = f"{param}: this server does not serve this field; leave it out"
+    else:
+        message = f"{param}: {first['msg']}"
+    return _answer(request, Refusal(400, message, code="invalid_value", param=param))
+
+
+def _answer(request: Request, refusal: Refusal, headers: dict[str, str] | None = None) -> Response:
+    """Count, write down and send a refusal."""
+    key = _key(request)
+    request.app.state.server.metrics.count_refusal(refusal.status)
+    log(
+        "refused",
+        key=key.name if key else None,
+        path=request.url.path,
+        status=refusal.status,
+        code=refusal.code,
+        reason=str(refusal),
+    )
+    return JSONResponse(refusal.body, refusal.status, headers=refusal.headers | (headers or {}))

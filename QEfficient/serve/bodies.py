@@ -73,7 +73,7 @@ class Shape:
 
     def _logprobs(self, tokens: Sequence[TokenText], offset: int) -> dict[str, Any]:
         if self.chat:
-            return {"content": [{**_told(t.text, t.logprob), "top_logprobs": _tops(t)} for t in tokens]}
+            return {"content": [{**_told(t), "top_logprobs": [_told(o) for o in t.top]} for t in tokens]}
         offsets = []
         for token in tokens:
             offsets.append(offset)
@@ -81,7 +81,7 @@ class Shape:
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [dict(t.top) for t in tokens],
+            "top_logprobs": [{_label(o): o.logprob for o in t.top} for t in tokens],
             "text_offset": offsets,
         }
 
@@ -96,9 +96,11 @@ def usage(job: Job) -> dict[str, int]:
     }
 
 
-def _told(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _told(token: TokenText) -> dict[str, Any]:
+    return {"token": token.text, "logprob": token.logprob, "bytes": list(token.raw)}
 
 
-def _tops(token: TokenText) -> list[dict[str, Any]]:
-    return [_told(text, logprob) for text, logprob in token.top]
+def _label(token: TokenText) -> str:
+    """Return a name that no other token has: a part of a character is no text, and shows as its bytes."""
+    whole = token.raw == token.text.encode("utf-8", "replace")
+    return token.text if whole else "bytes:" + "".join(f"\\x{b:02x}" for b in token.raw)

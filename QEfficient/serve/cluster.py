@@ -11,7 +11,7 @@ import itertools
 import json
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,9 +26,10 @@ from QEfficient.serve.app import create_app
 from QEfficient.serve.config import Key, Keys, Limits, Places
 from QEfficient.serve.failures import Refusal
 from QEfficient.serve.logs import configure, log
+from QEfficient.serve.metrics import METRICS_TYPE, merged
 from QEfficient.serve.start import build
 
-LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+LOAD, UNLOAD, METRICS = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/metrics"
 REPLICA_HEADER = b"x-qefficient-replica"
 _RETRY_SECONDS = 1
 
@@ -70,24 +71,30 @@ class Call:
 Send = Callable[[Call, str], AsyncIterator[Any]]
 """Lets a replica answer a call, preferably one that has the named adapter; yields ASGI messages."""
 
+AskAll = Callable[[], Awaitable[Sequence[tuple[str, str]]]]
+"""Returns every replica's name and its metrics."""
+
 
 class Front:
     """Knows the adapters, and sends every request to a replica.
 
     Args:
         send: To the replicas.
+        ask_all: For their metrics.
         adapters: Those known from the start.
         places: Where others may come from.
     """
 
-    def __init__(self, send: Send, adapters: Mapping[str, str | Path], places: Places) -> None:
-        self._send, self._places = send, places
+    def __init__(self, send: Send, ask_all: AskAll, adapters: Mapping[str, str | Path], places: Places) -> None:
+        self._send, self._ask_all, self._places = send, ask_all, places
         self._generations = itertools.count(1)
         self._known = {n: Known(str(p), next(self._generations)) for n, p in adapters.items()}
         self._changing = asyncio.Lock()
 
     async def __call__(self, request: Request) -> Response:
         """Answer a request."""
+        if request.url.path == METRICS and request.method == "GET":
+            return Response(merged(dict(await self._ask_all())), media_type=METRICS_TYPE)
         key = request.scope.get("state", {}).get("key")
         call = Call(
             method=request.method,
@@ -183,6 +190,10 @@ class Replica:
             gone.set()
             task.cancel()
 
+    def metrics(self) -> str:
+        """Return what Prometheus is told."""
+        return self._server.metrics.text().decode()
+
     def close(self) -> None:
         """End what runs."""
         self._server.close()
@@ -241,6 +252,9 @@ def application(
             async for message in self.answer(call, str(serve.get_replica_context().replica_id.unique_id)):
                 yield message
 
+        async def told(self) -> tuple[str, str]:
+            return str(serve.get_replica_context().replica_id.unique_id), self.metrics()
+
         def __del__(self) -> None:
             self.close()
 
@@ -252,7 +266,11 @@ def application(
                 ).remote(call)
                 return answered
 
-            self.front = Front(send, adapters, places)
+            async def ask_all() -> Sequence[tuple[str, str]]:
+                told: Sequence[tuple[str, str]] = await engines.broadcast("told").results_async()
+                return told
+
+            self.front = Front(send, ask_all, adapters, places)
 
         @app.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"])
         async def answer(self, request: Request) -> Response:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from QEfficient.runtime.requests import Request, Stream, Token
-from QEfficient.serve.text import Detokenizer, StopStrings
+from QEfficient.serve.text import Detokenizer, StopStrings, token_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +21,15 @@ class TokenText:
 
     Attributes:
         text: Of the token alone.
+        raw: Its bytes; those of a part of a character are no text.
         logprob: Of the token.
-        top: The likeliest tokens at its place, as text and log probability.
+        top: The likeliest tokens at its place.
     """
 
     text: str
+    raw: bytes
     logprob: float
-    top: tuple[tuple[str, float], ...]
+    top: "tuple[TokenText, ...]" = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +147,11 @@ class Answer:
 
     def _told(self, token: Token) -> TokenText:
         logprob = token.logprob if token.logprob is not None else 0.0
-        top = tuple((self._text(i), _finite(p)) for i, p in token.top_logprobs)
-        return TokenText(self._text(token.id), _finite(logprob), top)
+        return self._named(token.id, logprob, tuple(self._named(i, p) for i, p in token.top_logprobs))
 
-    def _text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    def _named(self, token: int, logprob: float, top: tuple[TokenText, ...] = ()) -> TokenText:
+        text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+        return TokenText(text, token_bytes(self._tokenizer, token, text), _finite(logprob), top)
 
 
 def _finite(logprob: float) -> float:

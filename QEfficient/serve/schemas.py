@@ -48,6 +48,12 @@ class Common(Strict):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
 
+class TextFormat(Strict):
+    """The only form of answers that is served."""
+
+    type: Literal["text"]
+
+
 class TextPart(Strict):
     """A piece of a message."""
 
@@ -76,6 +82,7 @@ class ChatRequest(Common):
     max_completion_tokens: int | None = Field(None, ge=1, le=1 << 24)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: TextFormat | None = None
     store: Literal[False] | None = None
     metadata: dict[str, str] | None = None
 

@@ -4,12 +4,26 @@
 Knows tokenizers; does not know HTTP or the engine.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from QEfficient.errors import ConfigError
 
 _UNFINISHED = "\ufffd"
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+"""Bytes by the characters that byte-level tokenizers write for them."""
+
+
+def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """Return what a token stands for, which may be a part of a character; ``text`` is what it is decoded to alone."""
+    if _UNFINISHED not in text:
+        return text.encode("utf-8", "replace")
+    piece = str(tokenizer.convert_ids_to_tokens(token))
+    if found := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(found[1])
+    return bytes(_BYTES[c] for c in piece) if all(c in _BYTES for c in piece) else text.encode()
 
 
 class Detokenizer:

@@ -3,10 +3,12 @@
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,10 +16,12 @@ from typing import Any
 
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
 from QEfficient.serve.cluster import LOAD, UNLOAD, Call, Front
 from QEfficient.serve.config import Places
+from QEfficient.serve.metrics import merged
 from tests.serve.conftest import Place, Running, free_port
 
 CLUSTER = """
@@ -49,9 +53,12 @@ def test_what_the_front_knows_travels_with_the_requests(tmp_path: Path) -> None:
 
         return (await front(Request(scope, receive))).status_code
 
+    async def ask_all() -> list[tuple[str, str]]:
+        return []
+
     async def all_of_it() -> None:
         nonlocal status
-        front = Front(send, {"one": "/a/one"}, Places((tmp_path,)))
+        front = Front(send, ask_all, {"one": "/a/one"}, Places((tmp_path,)))
         complete = "/v1/completions"
         await ask(front, "POST", complete, b'{"model": "one"}')
         await ask(front, "POST", complete, b'{"model": "new"}')
@@ -73,6 +80,18 @@ def test_what_the_front_knows_travels_with_the_requests(tmp_path: Path) -> None:
         assert calls[-1][0].adapters == {"one": None}
 
     asyncio.run(all_of_it())
+
+
+def test_metrics_of_several_replicas_are_one_text() -> None:
+    """Each family stands once, each series has its replica; what has labels keeps them."""
+    one = '# HELP a_total A.\n# TYPE a_total counter\na_total{model="x"} 1.0\n# HELP b B.\n# TYPE b gauge\nb 2.0\n'
+    families = list(text_string_to_metric_families(merged({"r1": one, "r2": one.replace("2.0", "3.0")})))
+    assert [(f.name, f.type) for f in families] == [("a", "counter"), ("b", "gauge")]
+    assert [(s.labels, s.value) for s in families[0].samples] == [
+        ({"replica": "r1", "model": "x"}, 1.0),
+        ({"replica": "r2", "model": "x"}, 1.0),
+    ]
+    assert [(s.labels["replica"], s.value) for s in families[1].samples] == [("r1", 2.0), ("r2", 3.0)]
 
 
 def test_without_ray_the_error_says_what_to_install(place: Place, tmp_path: Path) -> None:
@@ -158,5 +177,9 @@ def check_cluster(running: Running, place: Place) -> None:
     for _ in range(8):
         with pytest.raises(openai.NotFoundError):
             ask("late")
+    with urllib.request.urlopen(f"{running.url}/metrics") as answered:
+        text = answered.read().decode()
+    assert f'qeff_requests_total{{replica="{next(iter(seen["one"]))}",model="one",status="200"}} 12.0' in text
+    assert len(re.findall(r'^qeff_slots{replica="[^"]+"}', text, re.M)) == 2
     with pytest.raises(openai.BadRequestError, match="temperature"):
         client.completions.create(model="one", prompt="x", temperature=9)

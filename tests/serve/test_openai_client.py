@@ -2,7 +2,9 @@
 """OpenAI's own client against the server: everything that it calls, unchanged."""
 
 import asyncio
+import json
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -77,6 +79,11 @@ def test_logprobs(served: Running) -> None:
     assert all(t.logprob == t.top_logprobs[0].logprob and len(t.top_logprobs) == 3 for t in content)
     text = client.completions.create(model="one", prompt=["a", "b"], max_tokens=4, logprobs=2, temperature=0)
     assert [len(c.logprobs.tokens) for c in text.choices] == [4, 4]
+    assert all(len(top) == 2 for c in text.choices for top in c.logprobs.top_logprobs)
+    # Most tokens here are parts of characters: their own bytes are told, not those of a replacement.
+    told = bytes(b for t in content for b in t.bytes)
+    assert len(told) == 12
+    assert told.decode("utf-8", "replace") == chat.choices[0].message.content
 
 
 def test_stop_strings_over_the_borders_of_tokens(served: Running) -> None:
@@ -119,6 +126,28 @@ def test_errors(served: Running, change: dict, error: type[Exception], says: str
     """A wrong request becomes the client's own exception, with what is wrong."""
     with pytest.raises(error, match=says):
         served.client().chat.completions.create(**{"model": "one", **ASK, **change})
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "says"),
+    [
+        ("application/json", "{not json", "the body is not JSON"),
+        ("text/plain", '{"model": "one", "prompt": "x"}', "content-type: application/json"),
+        ("application/json", '{"%s": 1}' % ("x" * 5000), "model: Field required"),
+    ],
+)
+def test_bodies_that_are_none(served: Running, kind: str, body: str, says: str) -> None:
+    """The message says what to do, names no place in the body, and is counted and written down."""
+    request = urllib.request.Request(f"{served.url}/v1/completions", body.encode(), {"content-type": kind})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    answer = json.load(refused.value)["error"]
+    assert refused.value.code == 400
+    assert says in answer["message"]
+    assert len(answer["message"]) < 300
+    assert any(e["event"] == "refused" and e["reason"] == answer["message"] for e in served.events())
+    with urllib.request.urlopen(f"{served.url}/metrics") as text:
+        assert 'qeff_refused_total{status="400"}' in text.read().decode()
 
 
 def test_the_asynchronous_client(served: Running) -> None:
