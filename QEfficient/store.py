@@ -4,6 +4,7 @@
 Knows files and digests; does not know what they mean.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -17,6 +18,7 @@ import xxhash
 
 from QEfficient.errors import ArtifactError
 
+RECORD_FILE = "adapter_record.json"
 _ASIDE = ".tmp-qefficient-"
 _CHUNK_BYTES = 1 << 24
 _SAMPLED = "sampled-"
@@ -30,6 +32,30 @@ def cache_root() -> Path:
         return Path(home)
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "qeff_models"
+
+
+def record_adapter(folder: Path) -> None:
+    """Write beside an adapter what its files are now, so that a later change of them can be told from another training."""
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    tensors = digest_file(folder / "adapter_model.safetensors")
+    content = {"version": 1, "adapter_model.safetensors": tensors, "adapter_config.json": config}
+    (folder / RECORD_FILE).write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def changed_since_record(folder: Path) -> list[str] | None:
+    """Return what of an adapter is not as :func:`record_adapter` wrote it down; None without a record of it.
+
+    Where the base lies is no part of the adapter: it may be another place by now.
+    """
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        tensors, was = record["adapter_model.safetensors"], dict(record["adapter_config.json"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    found = [] if digest_file(folder / "adapter_model.safetensors") == tensors else ["adapter_model.safetensors"]
+    names = sorted((set(was) | set(config)) - {"base_model_name_or_path", "inference_mode"})
+    return found + [f"{n} {was.get(n)!r} -> {config.get(n)!r}" for n in names if was.get(n) != config.get(n)]
 
 
 def is_local(path: str | Path) -> bool:

@@ -25,7 +25,7 @@ from QEfficient.finetune.model import count_parameters, tasks_of
 from QEfficient.finetune.progress import ProgressCallback, StopCallback
 from QEfficient.finetune.summary import write_summary
 from QEfficient.finetune.trainer import AdapterTrainer, per_step
-from QEfficient.store import written_aside
+from QEfficient.store import record_adapter, written_aside
 
 __all__ = ["LOG_FILE", "METRICS_FILE", "Interrupted", "ProgressCallback", "evaluate", "perplexity", "train"]
 
@@ -103,6 +103,8 @@ def train(
     if trainer.is_world_process_zero():
         with _replaced(config.output_dir, config.overwrite) as folder:
             model.save_pretrained(folder, state_dict=state)
+            if config.use_peft:
+                record_adapter(folder)
             if classes:
                 (folder / CLASSES_FILE).write_text(json.dumps(list(classes)) + "\n", encoding="utf-8")
             _write(folder, config, model, tokenizer, metrics, trainer.state.log_history)

@@ -103,7 +103,7 @@ def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str
 def _build(base_config: Any, config: Any, device: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(base_config)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(base_config))  # type: ignore[no-untyped-call] # replicated layers are noted there
         own = {PREFIX + key: tuple(value.shape) for key, value in model.state_dict().items()}
         wrapped = PeftModel(model, copy.deepcopy(config), adapter_name="default", low_cpu_mem_usage=device == "meta")
         saved = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -9,7 +9,14 @@ from safetensors import safe_open
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.options import suggest
 from QEfficient.store import digest_file
-from QEfficient.testing import checks_config, checks_identity, checks_rows, checks_values
+from QEfficient.testing import (
+    checks_config,
+    checks_fields,
+    checks_identity,
+    checks_rows,
+    checks_tokenizer,
+    checks_values,
+)
 from QEfficient.testing.adapter_files import AdapterFiles, module_of, refuse_other_shapes
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed
 from QEfficient.testing.report import Outcome
@@ -134,10 +141,12 @@ CHECKS: tuple[Check[AdapterFiles], ...] = (
         tolerance=0,
         unit="misplaced tensors",
     ),
+    *checks_fields.CHECKS,
     *checks_config.CHECKS,
     *checks_values.CHECKS,
     *checks_rows.CHECKS,
     *checks_identity.CHECKS,
+    *checks_tokenizer.CHECKS,
 )
 """Asked of each adapter, in this order."""
 

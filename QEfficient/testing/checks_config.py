@@ -113,7 +113,7 @@ def _layers(modules: Iterable[str]) -> set[int]:
 def _base_modules(files: AdapterFiles) -> set[str]:
     found: set[str] = set()
     for key in files.optional:
-        parts = key.removeprefix(PREFIX).split(".")[:-1]
+        parts = key.removeprefix(PREFIX).split(".")  # a parameter, experts stacked into one, may be adapted as well
         found |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
     return found
 

@@ -5,6 +5,7 @@ One short row is enough: a wrong weight shows at every token. What PEFT itself d
 """
 
 import contextlib
+import inspect
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from QEfficient.testing.compare import FLOAT32_NOISE, LOGITS_TOLERANCE, Logits
 from QEfficient.testing.known import explain
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
-from QEfficient.testing.text import number
+from QEfficient.testing.text import listed, number
 
 _SECOND = "qefficient_second"
 
@@ -67,9 +68,36 @@ def _ask_merge(reference: Reference, subject: str) -> Finding:
         text = (
             f"Merged into the weights, the logits differ by {number(there)} of their range from the unmerged adapter's"
         )
+        if bypassed := _bypassed(reference, subject, before, tolerance):
+            why = f"the base reads the weight of {listed(bypassed, 2)} itself, so the adapter there counts only when merged"
+            return Finding(
+                Outcome.WARN, f"{text}. PEFT's own limit: {why}. Leave it out of target_modules.", there, facts
+            )
         return failed(f"{text}. Deploy it unmerged, or look for weights that several modules share.", there, facts)
     text = f"Unmerging leaves {number(back)} of the logits' range behind. Reload the base instead of unmerging."
     return failed(text, back, facts)
+
+
+def _bypassed(reference: Reference, subject: str, before: Logits, tolerance: float) -> list[str]:
+    """Return the adapted modules that the base never calls, if merging all the others gives the unmerged logits."""
+    layers = {
+        n: m for n, m in reference.model.named_modules() if hasattr(m, "base_layer") and hasattr(m, "get_delta_weight")
+    }
+    called: set[str] = set()
+    hooks = [m.register_forward_pre_hook(lambda *_, n=n: called.add(n)) for n, m in layers.items()]
+    try:
+        reference.logits(subject, reference.short)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    left = sorted({n.rsplit(".", 1)[-1] for n in layers if n not in called})
+    if not left:
+        return []
+    with reference.selected(subject), _weights_kept(reference.model):
+        for name in called:
+            layers[name].merge(adapter_names=[subject])
+        merged = reference.logits(None, reference.short)
+    return left if apart(merged, before) <= tolerance else []
 
 
 def _merge_tolerance(reference: Reference, subject: str) -> float:
@@ -149,6 +177,9 @@ def _ask_delete(reference: Reference, subject: str) -> Finding:
             reference.logits(_SECOND, reference.short)
         finally:
             _forget(model)
+    if _SECOND in model.peft_config:
+        text = "delete_adapter() leaves the adapter attached"
+        return failed(f"{text}. Load adapters into a fresh model instead of deleting them.")
     moved = apart(reference.logits(subject, reference.short), before)
     base_moved = apart(reference.logits(BASE, reference.short), base)
     if max(moved, base_moved) == 0:
@@ -240,9 +271,17 @@ def _ask_padding(reference: Reference, subject: str) -> Finding:
             Outcome.WARN, f"Padding on the {side} moves the logits; that of the base does too.", errors[side]
         )
     text = f"Padding on the {side} moves the logits by {number(errors[side])} of their range"
+    if errors["right"] <= LOGITS_TOLERANCE and not _takes_positions(reference.model):
+        why = "the base takes no position_ids, so it counts the padding in front of a row"
+        return Finding(Outcome.WARN, f"{text}: {why}. Pad on the right.", errors[side])
     return failed(
         f"{text}. Batches of different lengths give other answers: use one row, or the other side.", errors[side]
     )
+
+
+def _takes_positions(model: Any) -> bool:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "position_ids" in inspect.signature(type(base).forward).parameters
 
 
 def _padding_moves_base(reference: Reference, rows: list[Any], side: str) -> bool:

@@ -16,6 +16,8 @@ from QEfficient.testing.text import counted
 
 _FACTOR = re.compile(r"\.lora_(A|B)\.weight$")
 _SMALLEST = 8
+_DEPENDENT = 1e-9
+"""Smallest eigenvalue of the products of a random start's rows, each of length 1: float16's rounding alone leaves 1e-7."""
 
 
 def _ask_rows(files: AdapterFiles, subject: str) -> Finding:
@@ -23,7 +25,11 @@ def _ask_rows(files: AdapterFiles, subject: str) -> Finding:
     if not factors:
         return skipped("It has no LoRA factors.")
     types = _types(files, list(factors))
-    found = [(k, what) for k, tensor in sorted(factors.items()) if (what := types.get(k) or _wrong(tensor))]
+    found = [
+        (k, what)
+        for k, tensor in sorted(factors.items())
+        if (what := types.get(k) or _wrong(tensor) or ("lora_A" in k and _dependent(tensor)))
+    ]
     if not found:
         return passed(f"The rows of all {len(factors)} factors are numbers of their own.", 0)
     key, what = found[0]
@@ -49,6 +55,17 @@ def _wrong(tensor: np.ndarray) -> str | None:
     if rows.shape[1] > 1 and len(rows) > 1 and (copies := len(rows) - len(np.unique(rows, axis=0))):
         return f"has {counted(copies, 'row')} of {len(rows)} that are copies of others"
     return None
+
+
+def _dependent(tensor: np.ndarray) -> str | None:
+    """Say that rows of ``lora_A (r, in)`` are combinations of others; they start random, so training does not make them so."""
+    rows = np.asarray(tensor, dtype=np.float32)
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    if not 1 < len(rows) <= rows.shape[1] or not np.isfinite(lengths).all() or not lengths.all():
+        return None
+    unit = (rows / lengths).astype(np.float64)
+    free = int((np.linalg.eigvalsh(unit @ unit.T) > _DEPENDENT).sum())
+    return f"has {len(rows)} rows, of which only {free} are independent" if free < len(rows) else None
 
 
 CHECKS: tuple[Check[AdapterFiles], ...] = (

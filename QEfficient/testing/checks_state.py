@@ -26,13 +26,13 @@ def layer_errors(candidate: Candidate, subject: str) -> list[tuple[str, float]] 
     states: dict[str, Logits] = getattr(candidate.session, "_states", None) or {}
     prompt = candidate.workload.prompts[0]
     want = candidate.reference.cache(subject, prompt)
-    names = [(f"past_key.{i}", f"past_value.{i}") for i in range(len(want))]
+    names = [(f"past_key.{i}", f"past_value.{i}") for i in want]
     if not want or any(n not in states for pair in names for n in pair):
         return None
     skip = candidate.reference.virtual_tokens(subject)  # compared as well: they are part of what is kept
     end = skip + len(prompt)
     found = []
-    for i, (pair, values) in enumerate(zip(names, want, strict=True)):
+    for pair, (i, values) in zip(names, want.items(), strict=True):
         for name, kind, value in zip(pair, ("key", "value"), values, strict=True):
             expected = value[:, -end:]
             got = states[name][0][:, end - expected.shape[1] : end]

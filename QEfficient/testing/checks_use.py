@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks of what people do with a loaded adapter next: generate, train on, combine. Each leaves the model as it was."""
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import GenerationConfig
 
 from QEfficient.contract import BASE
 from QEfficient.peft.tasks import tasks_of
@@ -20,19 +23,20 @@ _COMBINED = "qefficient_combined"
 _PLAIN = ("use_dora", "lora_bias", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save", "target_parameters",
           "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "arrow_config", "corda_config",
           "eva_config", "loftq_config", "use_kasa", "kasa_config", "velora_config", "monteclora_config")  # fmt: skip
+_SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")
+"""Variants that change sizes and factors only: every tensor takes part all the same."""
 
 
 def _ask_generate(reference: Reference, subject: str) -> Finding:
     row = reference.short
     holds_tasks = subject != BASE and tasks_of(reference.model.peft_config[subject])
     task: dict[str, Any] = {"task_ids": torch.zeros(1, dtype=torch.int64)} if holds_tasks else {}
-    with reference.selected(subject) as model, torch.no_grad():
+    with reference.selected(subject) as model, _plain_settings(model), torch.no_grad():
         made = model.generate(
             input_ids=torch.from_numpy(row)[None],
             attention_mask=torch.ones((1, len(row)), dtype=torch.int64),
             max_new_tokens=_NEW,
             do_sample=False,
-            num_beams=1,
             pad_token_id=0,
             **task,
         )
@@ -50,6 +54,19 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
     if subject != BASE and (plain.argmax(axis=1) == new).all():
         text += "; its tokens are the base's"
     return failed(f"{text}. Does what generates use the adapted model? Does the adapter work with a cache?", worst)
+
+
+@contextlib.contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Take away what the base's own settings do to the choice of tokens: penalties and forced tokens are no fault of an adapter."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
+    try:
+        yield
+    finally:
+        for holder in model.modules():
+            if hasattr(holder, "generation_config"):
+                holder.generation_config = settings
 
 
 def _ask_gradients(reference: Reference, subject: str) -> Finding:
@@ -110,7 +127,7 @@ def _judge_gradients(
         return failed(f"The gradient of {damaged[0]} is not finite. Look for damaged weights.", len(damaged), facts)
     if len(without) == len(own):
         return failed("No gradient reaches the adapter: it takes no part in the forward pass.", len(own), facts)
-    plain = str(reference.model.peft_config[name].peft_type.value) == "LORA" and _is_plain(reference, name)
+    plain = _is_plain(reference, name, besides=_SCALES)
     if without and plain:
         text = f"{counted(len(without), 'tensor')} of {len(own)} get no gradient, first {without[0]}"
         return Finding(Outcome.WARN, f"{text}: that module is not used by this base.", len(without), facts)
@@ -145,9 +162,12 @@ def _ask_weighted(reference: Reference, subject: str) -> Finding:
     return failed(f"{text}. Are rank and scaling in the configuration those of the tensors?", error)
 
 
-def _is_plain(reference: Reference, name: str) -> bool:
+def _is_plain(reference: Reference, name: str, besides: tuple[str, ...] = ()) -> bool:
+    """Whether an adapter is LoRA without variants, but for those named in ``besides``."""
     config = reference.model.peft_config[name]
-    plain = str(config.peft_type.value) == "LORA" and not any(getattr(config, f, None) for f in _PLAIN)
+    plain = str(config.peft_type.value) == "LORA" and not any(
+        getattr(config, f, None) for f in _PLAIN if f not in besides
+    )
     return plain and getattr(config, "bias", "none") in ("none", None)
 
 

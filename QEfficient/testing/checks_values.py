@@ -14,6 +14,8 @@ from QEfficient.testing.text import counted, listed
 
 _RMS_OUTLIER = 100.0
 _VALUE_OUTLIER = 1000.0
+_SMALLEST = float(np.finfo(np.float16).smallest_subnormal)
+"""One step of training moves a factor by about its learning rate; what float16 cannot hold is none."""
 _FACTORS = re.compile(
     r"\.(?:(?:gra|de)?lora_(?:A|B|E|embedding_A|embedding_B)|hira_[AB]|hada_w[12](?:_[ab])?|lokr_w[12](?:_[ab])?|vera_lambda_[bd]"
     r"|b?oft_R|miss_block|(?:fourierft|waveft)_spectrum|c3a_kernel|shira_weight|ia3_l|trainable_tokens_delta)\b"
@@ -40,7 +42,7 @@ def _ask_effect(files: AdapterFiles, subject: str) -> Finding:
     factors = {key: t for key, t in files.tensors.items() if _FACTORS.search(key)}
     if not factors:
         return skipped(f"{files.method} has no factor that must not be neutral; the PyTorch stage measures its effect.")
-    dead = sorted(key for key, t in factors.items() if not np.any(t - (1 if "ia3_l" in key else 0)))
+    dead = sorted(key for key, t in factors.items() if _largest(t - (1 if "ia3_l" in key else 0)) < _SMALLEST)
     modules, still = {module_of(k) for k in factors}, {module_of(k) for k in dead}
     rest = sorted(set(files.tensors) - {k for k in files.tensors if module_of(k) in still and _FACTORS.search(k)})
     facts: Facts = {"neutral": listed(dead, 8)} if dead else {}
@@ -52,6 +54,10 @@ def _ask_effect(files: AdapterFiles, subject: str) -> Finding:
         return failed(text, 1.0, facts)
     text = f"{len(dead)} of {len(factors)} {kind}, first {dead[0]}: these modules are not adapted."
     return Finding(Outcome.WARN, text, len(still) / len(modules), facts)
+
+
+def _largest(tensor: np.ndarray) -> float:
+    return max(float(tensor.max()), -float(tensor.min())) if tensor.size else 0.0
 
 
 def _ask_outliers(files: AdapterFiles, subject: str) -> Finding:
@@ -107,7 +113,7 @@ CHECKS: tuple[Check[AdapterFiles], ...] = (
     Check(
         "effect",
         "Tensors are not all neutral",
-        "LoRA starts with lora_B = 0 (IA3 with ones), so an untrained adapter changes nothing; at least one must have moved.",
+        "LoRA starts with lora_B = 0 (IA3 with ones), so an untrained adapter changes nothing; at least one must have moved, by more than float16's smallest number, 6e-08.",
         _ask_effect,
         unit="of modules neutral",
     ),

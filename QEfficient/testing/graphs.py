@@ -70,6 +70,8 @@ def opened(stage: Stage, graph: Graph, reference: Reference) -> Iterator[Candida
         folder = graph.folder
         if stage is Stage.PROGRAM:
             folder = _compile(folder, stack)
+        if missing := [n for n in Manifest.read(folder).files if not (folder / n).exists()]:
+            raise ArtifactError(f"{folder} is not whole: {', '.join(missing)} is missing; export again")
         exported, broken = _exported(graph)
         begin = time.perf_counter()
         session = OrtSession(folder, verify=False)

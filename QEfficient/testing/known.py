@@ -25,6 +25,16 @@ def is_prompt(config: Any) -> bool:
     return str(config.peft_type.value) in _PROMPT
 
 
+def takes_from_base(config: Any) -> str | None:
+    """Return why loading changes the base's weights, or None if it does not."""
+    kind = getattr(config, "init_lora_weights", None)
+    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda")):
+        return (
+            f"init_lora_weights is {kind!r}: PEFT takes the first factors off the base's weights whenever it loads it"
+        )
+    return None
+
+
 def _has(config: Any, field: str) -> bool:
     return bool(getattr(config, field, None))
 
@@ -57,6 +67,7 @@ def _disabled(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
             "KaSA truncates the base's weights when it is first used",
         ),
         (_has(config, "layer_replication"), "replicated layers stay when the adapter is disabled"),
+        (takes_from_base(config) is not None, str(takes_from_base(config))),
         (getattr(config, "bias", "none") not in ("none", None), "trained biases are the base's own and stay"),
     ]
 
@@ -72,6 +83,7 @@ def _padding(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
 def _second(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
     return [
         (_has(config, "layer_replication"), "a second adapter replicates the layers again"),
+        (takes_from_base(config) is not None, "a second adapter takes its factors off the base's weights again"),
         (method in {"ADALORA", "XLORA", "ADAPTION_PROMPT", "SHADOW"}, f"PEFT takes one {method} adapter at a time"),
         (getattr(config, "bias", "none") not in ("none", None), "PEFT takes one adapter with trained biases at a time"),
     ]

@@ -134,14 +134,33 @@ class Reference:
         config = self.model.peft_config[subject] if subject in self.paths else None
         return int(config.num_virtual_tokens) if config is not None and is_prompt(config) else 0
 
-    def cache(self, subject: str, tokens: Tokens) -> list[tuple[Logits, Logits]]:
-        """Return what each layer keeps of one row: keys and values ``(kv_heads, tokens, head_dim)``, virtual tokens first."""
+    def cache(self, subject: str, tokens: Tokens) -> dict[int, tuple[Logits, Logits]]:
+        """Return what each layer of attention keeps of one row, by its number: keys and values ``(kv_heads, tokens, head_dim)``.
+
+        Virtual tokens come first. A layer that cannot hold the whole row (a window) keeps its end; a recurrent one is left out.
+        """
+        ids = torch.from_numpy(tokens)[None]
         kept = DynamicCache()
         with self.selected(subject), torch.no_grad():
-            out = self.model(input_ids=torch.from_numpy(tokens)[None], past_key_values=kept, use_cache=True)
+            try:
+                out = self.model(input_ids=ids, past_key_values=kept, use_cache=True)
+            except (
+                ValueError,
+                AttributeError,
+                TypeError,
+                IndexError,
+                KeyError,
+            ):  # its layers keep more than keys and values
+                kept = DynamicCache()
+                out = self.model(input_ids=ids, use_cache=True)
         # Prefix tuning takes a cache of its own instead of the one that is given.
-        layers: list[Any] = list((kept if kept.layers else out.past_key_values).layers)
-        return [(layer.keys[0].float().numpy(), layer.values[0].float().numpy()) for layer in layers]
+        filled = kept if kept.layers else getattr(out, "past_key_values", None)
+        found = {}
+        for i, layer in enumerate(getattr(filled, "layers", ())):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if isinstance(keys, torch.Tensor) and isinstance(values, torch.Tensor) and keys.ndim == values.ndim == 4:
+                found[i] = keys[0].float().numpy(), values[0].float().numpy()
+        return found
 
     def padded(self, subject: str, rows: list[Tokens], side: str) -> list[Logits]:
         """Return the logits of rows in one batch, padded on the right or left, without those of the padding."""

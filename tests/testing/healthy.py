@@ -24,6 +24,8 @@ HEALTHY: dict[str, tuple[str, Callable[[], Any]]] = {
     "dora": ("llama", lambda: lora(use_dora=True)),
     "lora_bias": ("llama", lambda: lora(lora_bias=True)),
     "rank and alpha patterns": ("llama", lambda: lora(rank_pattern={"q_proj": 8}, alpha_pattern={"v_proj": 32})),
+    "pissa": ("llama", lambda: lora(init_lora_weights="pissa")),
+    "olora": ("llama", lambda: lora(init_lora_weights="olora")),
     "two layers of one": ("llama", lambda: lora(target_modules=["q_proj"], layers_to_transform=[1])),
     "modules_to_save": ("llama", lambda: lora(target_modules=["q_proj"], modules_to_save=["lm_head"])),
     "trainable tokens": ("llama", lambda: lora(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [3, 5]})),

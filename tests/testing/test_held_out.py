@@ -6,27 +6,31 @@ from pathlib import Path
 
 import peft
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, BartConfig, MambaConfig
 
 from QEfficient import testing
 from QEfficient.peft.loading import load_base
+from QEfficient.store import record_adapter
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.checks_pytorch import CHECKS
 from QEfficient.testing.reference import Reference
-from QEfficient.testing.report import Outcome, Stage
+from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.selection import Selection
 from QEfficient.testing.workload import make_workload
 from tests.testing.conftest import Folders
-from tests.testing.planted_adapters import Fault
+from tests.testing.planted_adapters import Fault, config
 from tests.testing.planted_held_out import HELD_OUT_ADAPTER_FAULTS
 from tests.testing.planted_pytorch import MODEL_FAULTS, ModelFault
-from tests.tiny import VOCAB, save_adapter, save_base
+from tests.testing.planted_second import SECOND_ADAPTER_FAULTS, SECOND_MODEL_FAULTS
+from tests.tiny import VOCAB, lora, save_adapter, save_base
 
 FLAGGED = (Outcome.FAIL, Outcome.WARN)
 USES = ("pytorch.weighted", "pytorch.gradients", "pytorch.generate")
 
 
-@pytest.mark.parametrize("fault", [f for f in HELD_OUT_ADAPTER_FAULTS if f.checks], ids=lambda f: f.name)
+@pytest.mark.parametrize(
+    "fault", [f for f in (*HELD_OUT_ADAPTER_FAULTS, *SECOND_ADAPTER_FAULTS) if f.checks], ids=lambda f: f.name
+)
 def test_fault_of_a_folder_is_named(folders: Folders, tmp_path: Path, fault: Fault):
     """Each is flagged by a check that is meant for it."""
     folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
@@ -38,7 +42,10 @@ def test_fault_of_a_folder_is_named(folders: Folders, tmp_path: Path, fault: Fau
     assert {r.name for r in found.results if r.outcome in FLAGGED} & set(fault.checks)
 
 
-@pytest.mark.parametrize("fault", [f for f in MODEL_FAULTS if f.checks[0] in USES], ids=lambda f: f.name)
+NEW = [f for f in SECOND_MODEL_FAULTS if f.name == "deleting does nothing"]
+
+
+@pytest.mark.parametrize("fault", [*NEW, *(f for f in MODEL_FAULTS if f.checks[0] in USES)], ids=lambda f: f.name)
 def test_fault_of_use_is_named(folders: Folders, fault: ModelFault):
     """Faults of generating, training on and combining are flagged by their checks."""
     made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
@@ -47,6 +54,90 @@ def test_fault_of_use_is_named(folders: Folders, fault: ModelFault):
     fault.plant(made)
     check = next(c for c in CHECKS if f"pytorch.{c.name}" == fault.checks[0])
     assert check.perform(Stage.PYTORCH, made, "one").outcome in FLAGGED
+
+
+OTHERS = [f for f in (*HELD_OUT_ADAPTER_FAULTS, *SECOND_ADAPTER_FAULTS) if not f.checks]
+
+
+@pytest.mark.parametrize("fault", OTHERS, ids=lambda f: f.name)
+def test_another_adapter_is_told_by_the_record(folders: Folders, tmp_path: Path, fault: Fault):
+    """What is as sound as the adapter that was meant is told from it by what training wrote down."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    record_adapter(folder)
+    assert _record(folder, folders).outcome is Outcome.PASS
+    fault.plant(folder)
+    found = _record(folder, folders)
+    assert found.outcome is Outcome.FAIL
+    assert ("use_rslora False -> True" if "rsLoRA" in fault.name else "adapter_model.safetensors") in found.message
+
+
+def _record(folder: Path, folders: Folders) -> CheckResult:
+    only = Selection(only=("adapter.record",))
+    return examine("one", folder, str(folders.base), AutoConfig.from_pretrained(folders.base), only).results[0]
+
+
+def test_a_moved_base_is_no_change_of_the_adapter(folders: Folders, tmp_path: Path):
+    """Where the base lies may change; without a record the check says that there is none."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    assert _record(folder, folders).outcome is Outcome.SKIP
+    record_adapter(folder)
+    config(base_model_name_or_path="elsewhere/base", inference_mode=False)(folder)
+    assert _record(folder, folders).outcome is Outcome.PASS
+
+
+def test_a_weight_that_the_base_reads_itself(tmp_path: Path):
+    """Mamba multiplies by dt_proj's weight itself: PEFT's adapter there counts only when merged, which is no fault of the adapter."""
+    shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 4}
+    base = save_base(tmp_path / "base", MambaConfig(**shape, initializer_range=0.15))
+    adapter = save_adapter(base, tmp_path / "one", config=lora(target_modules=["in_proj", "x_proj", "dt_proj"]))
+    made = Reference(load_base(base), make_workload(VOCAB, 256, greedy_tokens=8))
+    made.attach("one", adapter)
+    check = next(c for c in CHECKS if c.name == "merge")
+    found = check.perform(Stage.PYTORCH, made, "one")
+    assert found.outcome is Outcome.WARN
+    assert "reads the weight of dt_proj itself" in found.message
+    assert made.cache("one", made.short) == {}
+    made.model.base_model.model.backbone.layers[0].mixer.in_proj.get_delta_weight = lambda name: 1.0
+    assert check.perform(Stage.PYTORCH, made, "one").outcome is Outcome.FAIL
+
+
+def test_settings_of_the_base_are_no_fault(folders: Folders):
+    """What the base's own settings forbid or force when it generates is no fault of the adapter, and stays as it is."""
+    made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
+    made.attach("one", folders.one)
+    settings = made.model.generation_config
+    settings.repetition_penalty, settings.forced_eos_token_id, settings.do_sample = 50.0, 2, True
+    check = next(c for c in CHECKS if c.name == "generate")
+    assert check.perform(Stage.PYTORCH, made, "one").outcome is Outcome.PASS
+    assert made.model.generation_config is settings is made.model.get_base_model().generation_config
+
+
+def test_a_base_that_takes_no_positions(tmp_path: Path):
+    """Bart counts the padding in front of a row, whatever it is given: said of the base, and not held against it."""
+    shape = {
+        "vocab_size": VOCAB,
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 2,
+        "decoder_ffn_dim": 32,
+    }
+    base = save_base(
+        tmp_path / "base", BartConfig(**shape, init_std=0.15, max_position_embeddings=256, is_decoder=True)
+    )
+    made = Reference(load_base(base), make_workload(VOCAB, 256, greedy_tokens=8))
+    check = next(c for c in CHECKS if c.name == "padding")
+    found = check.perform(Stage.PYTORCH, made, "base")
+    assert found.outcome is Outcome.WARN
+    assert "takes no position_ids" in found.message
+
+
+def test_replicated_layers_stay_out_of_the_next_adapter(folders: Folders, tmp_path: Path):
+    """Reading an adapter that replicates layers does not make the base deeper for the next one."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    config(layer_replication=[[0, 2], [0, 2]])(folder)
+    base = AutoConfig.from_pretrained(folders.base)
+    examine("one", folder, str(folders.base), base, Selection())
+    assert base.num_hidden_layers == 2
 
 
 VIRTUAL = {
