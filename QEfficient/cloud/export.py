@@ -101,6 +101,10 @@ def _merge(options: Options, adapters: Mapping[str, str]) -> int:
         )
     if options.without_weights or options.task:
         raise ConfigError("--merge goes neither with --without-weights nor with --task: PEFT merges no such adapter")
+    if options.adapter_format != "safetensors":
+        raise ConfigError(
+            f"--merge leaves no adapter beside the graph to write as --adapter-format {options.adapter_format}"
+        )
     from QEfficient.peft.merged import export_merged
 
     folder = export_merged(options.base, name, adapters[name], options.output, logits=options.logits)

@@ -86,3 +86,6 @@ def test_merging_is_of_one_adapter(tmp_path: Path, capsys: pytest.CaptureFixture
     argv = ["export", str(tmp_path), "--adapter", "x=X", "--adapter", "y=Y", "--merge", "x"]
     assert main(argv) == 2
     assert "--merge x needs --adapter x=PATH, and no other adapter" in capsys.readouterr().err
+    argv = ["export", str(tmp_path), "--adapter", "x=X", "--merge", "x", "--adapter-format", "onnx_adapter"]
+    assert main(argv) == 2
+    assert "--merge leaves no adapter beside the graph to write as --adapter-format" in capsys.readouterr().err
