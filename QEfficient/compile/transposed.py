@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Adapter matrices with the axis that is summed over last.
+"""LoRA's ``A`` matrices with the long axis last.
 
-A token reads every matrix of LoRA once, on one thread. Laid out as ``(in, 16)``, a row of it is one cache line, and the next row waits
-for the sum of the one before; as ``(16, in)``, sixteen long rows are read at once, which memory delivers much faster.
+For one row, ``(in, rank)`` and ``(rank, in)`` take the same time when nothing but such products runs; within a whole token the second is faster.
+For several rows it is much faster from two matrices side by side on: ONNX Runtime packs a right operand that is no constant at every
+call. For ``B``, ``(rank, out)`` is the faster one, so those stay (``docs/performance.md``).
 """
 
 from collections.abc import Sequence
@@ -14,12 +15,12 @@ from QEfficient.compile.values import CONTRIB, made_by, operands, take_over
 
 
 class TransposeAdapterProducts:
-    """``x @ w``, ``w`` an adapter's matrix ``(k, n)``, takes it as ``(n, k)``: a ``FusedMatMul`` with ``transB``.
+    """``x @ w``, ``w`` an adapter's matrix ``(in, rank)``, takes it as ``(rank, in)``: a ``FusedMatMul`` with ``transB``.
 
-    1. ``w`` is a graph input with two dimensions.
+    1. ``w`` is a graph input with two dimensions, the second one dynamic, the first one not.
     2. It is the right operand of ``MatMul`` wherever it is used.
 
-    Sums are added up in another order: about 1e-7 of the product. LoRA's matrices are kept as they stand in the adapter's file then.
+    Sums are added up in another order: about 1e-7 of the product. The matrix stands as in the adapter's file then.
 
     Args:
         names: The adapter's inputs, joined ones included.
@@ -48,7 +49,12 @@ class TransposeAdapterProducts:
 
     def _products(self, value: ir.Value) -> list[ir.Node]:
         """Return the nodes that use ``value`` if all of them may take it transposed, else none."""
-        if value.name not in self.names or value.is_graph_output() or value.shape is None or len(value.shape) != 2:
+        shape = list(value.shape) if value.shape is not None else []
+        if (
+            value.name not in self.names
+            or value.is_graph_output()
+            or [isinstance(d, int) for d in shape] != [True, False]
+        ):
             return []
         nodes = [use.node for use in value.uses()]
         terms = [operands(made_by(node.outputs[0], "MatMul")) for node in nodes]
