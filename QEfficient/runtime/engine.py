@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from QEfficient.errors import ConfigError, QueueFullError
 from QEfficient.runtime.batch import Batch, Seat
-from QEfficient.runtime.requests import Request, Stream
+from QEfficient.runtime.requests import Request, Stream, check
 from QEfficient.runtime.residents import Residents
 from QEfficient.runtime.slots import SlotSession
 from QEfficient.runtime.stats import Stats
@@ -122,12 +122,11 @@ class Engine:
             QueueFullError: As many requests wait as may wait, or the engine is closing.
         """
         with self._condition:
-            self._check(request)
             if len(self._queue) >= self._queue_len + self._batch.rows - self._batch.active:
                 raise QueueFullError(
                     f"{len(self._queue)} requests wait already, {self._queue_len} may; try again later"
                 )
-            return self._accept(request)
+            return self._accept(self._seat(request))
 
     def submit_all(self, requests: Sequence[Request]) -> list[Stream]:
         """Accept all requests or none, whatever the queue's bound: for a caller that has them all, and waits for them.
@@ -135,41 +134,34 @@ class Engine:
         Raises:
             QEffError: As :meth:`submit`; nothing has been accepted then.
         """
+        seats: list[Seat] = []
         with self._condition:
-            for request in requests:
-                self._check(request)
-            return [self._accept(request) for request in requests]
+            try:
+                seats.extend(self._seat(request) for request in requests)
+            except BaseException:
+                for seat in seats:
+                    self.residents.release(seat.resident)
+                raise
+            return [self._accept(seat) for seat in seats]
 
-    def _accept(self, request: Request) -> Stream:
+    def _seat(self, request: Request) -> Seat:
+        """Hold the adapter of a request that can be served: what is checked is the version that it will run with."""
         if self._closing:
             raise QueueFullError("the engine is closing and takes no more requests")
-        stream = Stream(request, self._cancel)
-        seat = Seat(stream, self.residents.hold(request.adapter))
-        self._live[id(stream)] = seat
+        resident = self.residents.hold(request.adapter)
+        try:
+            check(request, self._session.manifest.vocab_size, self._ctx_len, resident.virtual_tokens)
+        except BaseException:
+            self.residents.release(resident)
+            raise
+        return Seat(Stream(request, self._cancel), resident)
+
+    def _accept(self, seat: Seat) -> Stream:
+        self._live[id(seat.stream)] = seat
         self._queue.put(seat.resident.name, seat)
         self._stats.requests[seat.resident.name] += 1
         self._condition.notify_all()
-        return stream
-
-    def _check(self, request: Request) -> None:
-        vocab = self._session.manifest.vocab_size
-        if len(request.prompt_ids) < 1:
-            raise ConfigError("the prompt is empty: it needs at least one token")
-        if request.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {request.max_new_tokens}")
-        virtual = self.residents.find(request.adapter).virtual_tokens
-        if (need := virtual + len(request.prompt_ids) + request.max_new_tokens) > self._ctx_len:
-            more = f"{virtual} virtual tokens of the adapter, " if virtual else ""
-            raise ConfigError(
-                f"the context does not fit: {more}{len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new "
-                f"ones are {need}, a slot holds {self._ctx_len}"
-            )
-        for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", request.sampling.logit_bias)):
-            wrong = [i for i in ids if not 0 <= i < vocab]
-            if wrong:
-                raise ConfigError(f"{name}: token ids must be in [0, {vocab}), not {wrong[0]}")
-        if request.logprobs is not None and request.logprobs < 0:
-            raise ConfigError(f"logprobs must be at least 0, not {request.logprobs}")
+        return seat.stream
 
     def _cancel(self, stream: Stream) -> None:
         with self._condition:

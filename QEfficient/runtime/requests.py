@@ -70,6 +70,36 @@ class Request:
     logprobs: int | None = None
 
 
+def check(request: Request, vocab_size: int, ctx_len: int, virtual_tokens: int) -> None:
+    """Refuse a request that a program cannot serve.
+
+    Args:
+        request: The request.
+        vocab_size: Of the program.
+        ctx_len: Positions of a slot.
+        virtual_tokens: Entries that the adapter puts first into it.
+
+    Raises:
+        ConfigError: Token ids or sizes that do not fit.
+    """
+    prompt, new = len(request.prompt_ids), request.max_new_tokens
+    if prompt < 1:
+        raise ConfigError("the prompt is empty: it needs at least one token")
+    if new < 1:
+        raise ConfigError(f"max_new_tokens must be at least 1, not {new}")
+    if (need := virtual_tokens + prompt + new) > ctx_len:
+        more = f"{virtual_tokens} virtual tokens of the adapter, " if virtual_tokens else ""
+        raise ConfigError(
+            f"the context does not fit: {more}{prompt} prompt tokens and {new} new ones are {need}, a slot holds {ctx_len}"
+        )
+    for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", request.sampling.logit_bias)):
+        wrong = [i for i in ids if not 0 <= i < vocab_size]
+        if wrong:
+            raise ConfigError(f"{name}: token ids must be in [0, {vocab_size}), not {wrong[0]}")
+    if request.logprobs is not None and request.logprobs < 0:
+        raise ConfigError(f"logprobs must be at least 0, not {request.logprobs}")
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
     """One token, with its log probability and those of the likeliest ones, likeliest first, if asked for."""

@@ -317,3 +317,28 @@ def test_a_long_prompt_does_not_stall_decoding(tiny, program):
     with engine:
         assert all(s.wait() for s in streams)
     assert order.index("two") == 2 + 7  # two tokens of the first turn, and one for each chunk but the last
+
+
+def test_what_is_checked_is_the_version_that_runs(tiny, program, monkeypatch) -> None:
+    """An adapter that is replaced just then by one with more virtual tokens: the request that would not fit any more is refused."""
+
+    def with_virtual_tokens(count):
+        states = {s.name: np.zeros((s.shape[1], count, s.shape[3]), s.dtype) for s in engine.manifest.states}
+        return {name: np.zeros_like(tensor) for name, tensor in tiny.adapters["one"].items()} | states
+
+    engine = make_engine(program)
+    engine.load_adapter("soft", with_virtual_tokens(2))
+    hold = engine.residents.hold
+
+    def hold_too_late(name):
+        engine.load_adapter("soft", with_virtual_tokens(40))
+        return hold(name)
+
+    request = Request(prompt_ids=[5] * 10, adapter="soft", max_new_tokens=5)
+    engine.submit(request).cancel()
+    monkeypatch.setattr(engine.residents, "hold", hold_too_late)
+    for submit in (engine.submit, lambda one: engine.submit_all([one])):
+        with pytest.raises(ConfigError, match="40 virtual tokens"):
+            submit(request)
+    assert engine.residents.find("soft").uses == 0
+    engine.close()
