@@ -9,7 +9,7 @@ import openai
 import pytest
 import torch
 from peft import IA3Config, PeftModel, PrefixTuningConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from QEfficient.errors import AdapterMismatchError
 from QEfficient.runtime.requests import Request
@@ -110,11 +110,11 @@ def test_every_kind_over_http(start: Callable[..., Running], place: Place, kinds
     """A real server, which prepares in another process, answers for all of them; without LoRA the first graph is of another kind."""
     options = [f"--adapter={n}={p}" for n, p in kinds.items() if n != "one"]
     client = start("--graphs", "4", *options).client().with_options(timeout=600, max_retries=5)
+    tokenizer = AutoTokenizer.from_pretrained(place.base)
     for name, path in kinds.items():
         prompt = list(PROMPT)
-        answer = client.completions.create(model=name, prompt=prompt, max_tokens=COUNT, temperature=0, logprobs=0)
-        want = expected(place.base, path)
-        assert answer.usage is not None
-        assert answer.usage.completion_tokens == len(want), name
+        answer = client.completions.create(model=name, prompt=prompt, max_tokens=COUNT, temperature=0)
+        want = tokenizer.decode(expected(place.base, path), skip_special_tokens=True)
+        assert answer.choices[0].text == want, name
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="nobody", prompt="x")

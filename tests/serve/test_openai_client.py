@@ -265,3 +265,25 @@ def test_shutdown_finishes_what_runs(start) -> None:
         assert chunks[-1].choices[0].finish_reason == "length"
         assert stopped.result() == 0
     assert "closed" in [e["event"] for e in running.events()]
+
+
+@pytest.mark.slow
+def test_shutdown_returns_what_is_not_finished_in_time(start) -> None:
+    """When the time to finish is over, streams and whole answers end with what there is, and say so; the process ends with code 0."""
+    running = start("--grace-seconds", "1", "--slots", "1")
+    client = running.client()
+    client.completions.create(model="one", prompt="warm", max_tokens=1)
+    ask = {"model": "one", "prompt": "x", "max_tokens": 240, "n": 16, "extra_body": {"ignore_eos": True}}
+    with ThreadPoolExecutor(2) as pool:
+        stream = iter(client.completions.create(stream=True, **ask))
+        next(stream)
+        whole = pool.submit(client.completions.create, **ask)
+        time.sleep(0.2)  # for it to arrive
+        stopped = pool.submit(running.stop)
+        ends = [c.choices[0].finish_reason for c in stream if c.choices[0].finish_reason]
+        assert len(ends) == 16
+        assert ends[-1] == "abort"
+        answer = whole.result()
+        assert "abort" in {c.finish_reason for c in answer.choices}
+        assert answer.usage.completion_tokens < 16 * 240
+        assert stopped.result() == 0
