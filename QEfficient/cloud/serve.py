@@ -34,6 +34,9 @@ class Options:
     )
     precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "int8", "int4"])
     threads: int = option(0, "Threads; 0: one for each physical core.")
+    large_pages: bool = option(
+        False, "Weights on large pages of memory, where the system has them: loading takes longer, int4 is faster."
+    )
     adapter_memory_mb: int = option(1024, "Most memory of resident adapters.")
     prefix_memory_mb: int = option(256, "Most memory of what prompts leave for others that begin alike; 0: nothing.")
     api_keys: Path | None = option(
@@ -84,6 +87,7 @@ def command(argv: Sequence[str]) -> int:
         "graphs": options.graphs,
         "precision": options.precision,
         "threads": options.threads or None,
+        "large_pages": options.large_pages,
         "adapter_bytes": options.adapter_memory_mb << 20,
         "prefix_bytes": options.prefix_memory_mb << 20,
         "chat_template": _read(options.chat_template),

@@ -36,6 +36,7 @@ class Engine:
         chunk_len: Most prompt tokens in one call: how long decoding waits for a prompt at most.
         adapter_bytes: Most bytes of adapters; ``None``: any number.
         prefix_bytes: Most bytes of what prompts left for others that begin alike; 0: nothing is kept.
+        large_pages: As for :class:`OrtSession`.
 
     Attributes:
         residents: The adapters.
@@ -56,10 +57,11 @@ class Engine:
         chunk_len: int = 128,
         adapter_bytes: int | None = None,
         prefix_bytes: int = 64 << 20,
+        large_pages: bool = False,
     ) -> None:
         if queue_len < 1:
             raise ConfigError(f"queue_len must be at least 1, not {queue_len}")
-        self._session = SlotSession(program, threads=threads)
+        self._session = SlotSession(program, threads=threads, large_pages=large_pages)
         self._session.allocate(slots, ctx_len)
         self._ctx_len, self._queue_len = ctx_len, queue_len
         self._batch = Batch(self._session, slots, chunk_len, prefix_bytes)

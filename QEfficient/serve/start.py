@@ -36,6 +36,7 @@ def build(
     adapter_bytes: int = 1 << 30,
     prefix_bytes: int = 256 << 20,
     threads: int | None = None,
+    large_pages: bool = False,
     chat_template: str = "",
     graphs: int = 2,
     **options: Any,
@@ -52,6 +53,7 @@ def build(
         adapter_bytes: Most memory of resident adapters.
         prefix_bytes: Most memory of what prompts leave for others that begin alike; 0: none.
         threads: Of one call of the program.
+        large_pages: Weights on large pages of memory.
         graphs: Most graphs; an adapter that fits none gets one of its own kind, with the base's weights and a cache of its own.
         chat_template: Text of a template that replaces the tokenizer's.
         **options: Fields of :class:`Server`: ``limits``, ``keys``, ``places``, ``log_prompts``.
@@ -71,6 +73,7 @@ def build(
             ctx_len=ctx_len,
             queue_len=queue_len,
             threads=threads,
+            large_pages=large_pages,
             adapter_bytes=adapter_bytes,
             prefix_bytes=prefix_bytes,
         ).start()

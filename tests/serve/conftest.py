@@ -159,7 +159,9 @@ def server(place: Place) -> Iterator[Server]:
     names = ["one", "two", "three", "four", "five"]
     for seed, name in enumerate(names[2:], 3):
         place.add(name, seed=seed)
-    made = build(str(place.base), {n: place.adapters / n for n in names}, slots=2, ctx_len=64, threads=1)
+    made = build(
+        str(place.base), {n: place.adapters / n for n in names}, slots=2, ctx_len=64, threads=1, large_pages=True
+    )
     made.lanes.preparer = Here()
     yield made
     made.close()
