@@ -8,7 +8,8 @@
     python -m benchmarks.faults --part held-out
 
 A fault is *caught* if a check fails or warns that is not so without it, and *named* if that is a check meant for it.
-Held-out faults (tests/testing/planted_held_out.py) were written without looking at the checks.
+Held-out faults (tests/testing/planted_held_out.py and planted_second.py) were written without looking at the checks.
+A folder that cannot be opened at all counts as caught and named: the run ends with that reason.
 Prints the tables of kinds, the misses, and one JSON line.
 """
 
@@ -28,18 +29,24 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.utils import logging
 
 from QEfficient import testing
-from QEfficient.errors import UnsupportedError
+from QEfficient.contract import Manifest
+from QEfficient.errors import ArtifactError, UnsupportedError
 from QEfficient.peft.loading import load_base
+from QEfficient.runtime.session import OrtSession
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.checks_graph import CHECKS as GRAPH_CHECKS
 from QEfficient.testing.checks_pytorch import CHECKS as PYTORCH_CHECKS
 from QEfficient.testing.graphs import Graph, export_graphs, opened
+from QEfficient.testing.precision import CHECKS as PRECISION_CHECKS
+from QEfficient.testing.precision import SAME_BITS, evaluate_rounded
+from QEfficient.testing.quality import Row
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.selection import Selection
@@ -53,8 +60,17 @@ from tests.testing.planted_held_out import (
     HELD_OUT_GRAPH_FAULTS,
     HELD_OUT_MODEL_FAULTS,
     HELD_OUT_SESSION_FAULTS,
+    ExportFault,
 )
 from tests.testing.planted_pytorch import MODEL_FAULTS, ModelFault
+from tests.testing.planted_rounded import ROUNDED_FAULTS
+from tests.testing.planted_second import (
+    SECOND_ADAPTER_FAULTS,
+    SECOND_EXPORT_FAULTS,
+    SECOND_GRAPH_FAULTS,
+    SECOND_MODEL_FAULTS,
+    SECOND_SESSION_FAULTS,
+)
 from tests.tiny import VOCAB, lora, save_adapter, save_base
 
 ADAPTER_CASES = ("lora", "lora on gpt2", "lora on qwen3", "dora", "ia3", "oft", "loha")
@@ -147,7 +163,12 @@ def graph_trials(
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(graph.folder, folder, ignore=shutil.ignore_patterns("qpc-*"))
         fault.plant(folder)
-        yield judge("graph", fault.name, case, fault.checks, before, _run(Graph(folder, graph.fitted), reference))
+        try:
+            found = _run(Graph(folder, graph.fitted), reference)
+        except ArtifactError as e:
+            yield Trial("graph", fault.name, case, True, True, (f"refused: {str(e)[:80]}",))
+            continue
+        yield judge("graph", fault.name, case, fault.checks, before, found)
     for stage, group in ((Stage.GRAPH, "session"), (Stage.PROGRAM, "program")):
         before = _flagged(_run(graph, reference, stage=stage))
         for kind in running:
@@ -156,15 +177,43 @@ def graph_trials(
             yield judge(group, kind.name, case, checks, before, _run(graph, reference, change, stage))
 
 
-def export_trials(case: str, root: Path) -> Iterator[Trial]:
+def export_trials(case: str, root: Path, faults: tuple[ExportFault, ...] = EXPORT_FAULTS) -> Iterator[Trial]:
     """Test graphs that were exported from a model that is not quite the one given."""
     reference = _loaded(root, case)
     true = export_graphs(reference, ("one", "two"), root / "graph")[0]
-    for index, fault in enumerate(EXPORT_FAULTS):
+    for index, fault in enumerate(faults):
         other = _loaded(root, case)
         fault.alter(other.model)
         folder = export_graphs(other, ("one", "two"), root / f"altered-{index}")[0].folder
         yield judge("export", fault.name, case, fault.checks, set(), _run(Graph(folder, true.fitted), reference))
+
+
+def rounded_trials(case: str, root: Path, faults: tuple[GraphFault, ...] = ROUNDED_FAULTS) -> Iterator[Trial]:
+    """Plant every fault of a program in int8 and in int4, which is judged on text."""
+    reference = _loaded(root, case)
+    graph = export_graphs(reference, ("one", "two"), root / "graph")[0]
+    for precision in ("int8", "int4"):
+        with opened(Stage.PROGRAM, graph, reference, precision) as sound:
+            before = _flagged(_ask_rounded(sound))
+        for fault in faults:
+            folder = root / "damaged"
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(sound.folder, folder)
+            fault.plant(folder)
+            session = OrtSession(folder, verify=False)
+            for name, tensors in graph.fitted.items():
+                session.load_adapter(name, tensors)
+            candidate = dataclasses.replace(sound, folder=folder, session=session, _seen={})
+            yield judge(precision, fault.name, case, fault.checks, before, _ask_rounded(candidate))
+
+
+def _ask_rounded(candidate: Candidate) -> list[CheckResult]:
+    random = np.random.default_rng(0)
+    rows = [Row(random.integers(0, VOCAB, 32), 8) for _ in range(8)]
+    manifest = Manifest.read(candidate.folder)
+    found = evaluate_rounded(candidate.reference, candidate.session, manifest, rows, ("base", "one"), lambda name: None)
+    exact = tuple(c for c in GRAPH_CHECKS if c.name in SAME_BITS)
+    return [*_ask(exact, Stage.PROGRAM, candidate), *_ask(PRECISION_CHECKS, Stage.QUALITY, found)]
 
 
 def _with_session(kind: SessionFault, candidate: Candidate) -> Candidate:
@@ -202,6 +251,7 @@ KNOWN: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     (adapter_trials, ADAPTER_CASES),
     (model_trials, MODEL_CASES),
     (graph_trials, GRAPH_CASES),
+    (rounded_trials, GRAPH_CASES),
 )
 HELD_OUT: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     (functools.partial(adapter_trials, faults=HELD_OUT_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
@@ -211,6 +261,15 @@ HELD_OUT: tuple[tuple[Trials, tuple[str, ...]], ...] = (
         ("lora", "lora on qwen3"),
     ),
     (export_trials, ("lora", "lora on qwen3")),
+)
+SECOND: tuple[tuple[Trials, tuple[str, ...]], ...] = (
+    (functools.partial(adapter_trials, faults=SECOND_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
+    (functools.partial(model_trials, faults=SECOND_MODEL_FAULTS), ("lora", "lora on gpt2")),
+    (
+        functools.partial(graph_trials, faults=SECOND_GRAPH_FAULTS, running=SECOND_SESSION_FAULTS),
+        ("lora", "lora on qwen3"),
+    ),
+    (functools.partial(export_trials, faults=SECOND_EXPORT_FAULTS), ("lora", "lora on qwen3")),
 )
 
 
@@ -247,13 +306,13 @@ def main() -> None:
     """Run, and print table, misses and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one architecture, three sound models")
-    parser.add_argument("--part", choices=("known", "held-out", "sound"), help="only this part")
+    parser.add_argument("--part", choices=("known", "held-out", "second", "sound"), help="only this part")
     options = parser.parse_args()
     start = time.perf_counter()
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     summary: dict[str, Any] = {}
-    for part, groups in (("known", KNOWN), ("held-out", HELD_OUT)):
+    for part, groups in (("known", KNOWN), ("held-out", HELD_OUT), ("second", SECOND)):
         if options.part in (None, part):
             trials = plant(groups, quick=options.quick)
             print(f"{part}\n{table(trials)}")

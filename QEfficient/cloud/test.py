@@ -54,6 +54,11 @@ class Options:
     eval: Path | None = option(
         None, "Loss and perplexity on this text: rows with text, or prompt and completion.", metavar="JSONL"
     )
+    precision: str = option(
+        "fp32",
+        "How the tested program holds the base's weights; int8 and int4 are judged on the text of --eval.",
+        choices=["fp32", "int8", "int4"],
+    )
     lm_eval: list[str] = option(
         [],
         "Task of lm-evaluation-harness, or a YAML file of one, run on base and adapters; may be repeated.",
@@ -109,6 +114,7 @@ def command(argv: Sequence[str]) -> int:
             baseline=options.baseline,
             greedy_tokens=options.tokens,
             measure_speed=options.speed,
+            precision=options.precision,
             budgets=Budgets(options.min_speedup, most),
             progress=progress,
         )

@@ -60,7 +60,7 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
 def _plain_settings(model: Any) -> Iterator[None]:
     """Take away what the base's own settings do to the choice of tokens: penalties and forced tokens are no fault of an adapter."""
     settings = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -8,19 +8,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from QEfficient.contract import BASE
+from QEfficient.compile.blocks import BITS
+from QEfficient.contract import BASE, Manifest
 from QEfficient.errors import ConfigError, QEffError
 from QEfficient.export.skeleton import longest_context
+from QEfficient.options import suggest
 from QEfficient.peft.loading import load_base, read_base_config
 from QEfficient.testing import checks_efficiency, harness, quality
 from QEfficient.testing.adapter_stage import examine_all
 from QEfficient.testing.baseline import read_report
+from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
 from QEfficient.testing.efficiency import measure
 from QEfficient.testing.genai import ASKED, opened_genai
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
 from QEfficient.testing.inputs import describe_base
+from QEfficient.testing.precision import CHECKS as PRECISION_CHECKS
+from QEfficient.testing.precision import SAME_BITS, evaluate_rounded
 from QEfficient.testing.publish import publish
 from QEfficient.testing.reference import Reference, tokenizer_of
 from QEfficient.testing.regressions import regress
@@ -46,6 +51,7 @@ def run(
     greedy_tokens: int | None = None,
     measure_speed: bool = True,
     budgets: Budgets = Budgets(),  # noqa: B008 -- frozen
+    precision: str = "fp32",
     progress: Progress = lambda what, subject: None,
 ) -> Report:
     """Test adapters of one base at every stage, against PyTorch + PEFT.
@@ -66,17 +72,19 @@ def run(
         greedy_tokens: How many tokens to generate for each prompt; None for 64, or 32 where the base has 300 million parameters.
         measure_speed: Measure speed and memory as well.
         budgets: Limits of speed that are part of the verdict.
+        precision: How the program holds the base's weights; one of ``"int8"`` and ``"int4"`` is judged on ``eval_data``.
         progress: Told what is being done.
 
     Raises:
         QEffError: What was given cannot be tested: a missing folder, a damaged file, an adapter of another base.
     """
     refuse_format(graph_format, graph, adapters)
+    refuse_precision(precision, eval_data, graph_format)
     tester = _Tester(str(base), adapters, graph, Selection(tuple(only), dict(skip or {})), progress)
     start = time.perf_counter()
     earlier = read_report(baseline) if baseline is not None else None
     tester.eval_data, tester.tasks, tester.task_limit = eval_data, tuple(lm_eval), lm_eval_limit
-    tester.graph_format = graph_format
+    tester.graph_format, tester.precision = graph_format, precision
     tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
     if earlier is not None:
@@ -101,6 +109,22 @@ def refuse_format(graph_format: str, graph: str | Path | None, adapters: Mapping
         raise ConfigError(f"a {graph_format} model has one adapter baked in; {len(adapters)} were given: give that one")
 
 
+def refuse_precision(precision: str, eval_data: str | Path | None, graph_format: str) -> None:
+    """Refuse a precision that is unknown, or that cannot be judged.
+
+    Raises:
+        ConfigError: What is wrong, and what to give.
+    """
+    if precision not in ("fp32", *BITS):
+        raise ConfigError(
+            f"unknown precision {precision!r}{suggest(precision, ('fp32', *BITS))}; give fp32, int8 or int4"
+        )
+    if precision != "fp32" and eval_data is None:
+        raise ConfigError(f"precision {precision} is judged by perplexity and divergence on text: give --eval as well")
+    if precision != "fp32" and graph_format:
+        raise ConfigError(f"precision {precision} is of programs that are compiled here, not of a {graph_format} model")
+
+
 class _Tester:
     """One run; holds what the stages share."""
 
@@ -122,7 +146,8 @@ class _Tester:
         self.eval_data: str | Path | None = None
         self.tasks: tuple[str, ...] = ()
         self.task_limit: int | None = None
-        self.graph_format = ""
+        self.graph_format, self.precision = "", "fp32"
+        self.rows: list[quality.Row] = []
         command = _command(base, adapters, graph)
         self.report = Report(describe_base(base, self.config), (), Environment.current(), command=command)
 
@@ -187,9 +212,9 @@ class _Tester:
 
     def evaluate(self, reference: Reference) -> None:
         """Take the loss of base and adapters on the given text."""
-        rows = quality.read_rows(str(self.eval_data), tokenizer_of(self.base))
+        self.rows = quality.read_rows(str(self.eval_data), tokenizer_of(self.base))
         names = (BASE, *self.names)
-        found = quality.evaluate(reference, rows, names, lambda name: self.progress("evaluate", name))
+        found = quality.evaluate(reference, self.rows, names, lambda name: self.progress("evaluate", name))
         self.report.measurements += found.measurements()
         for name in names:
             self.check(Stage.QUALITY, quality.CHECKS, found, name)
@@ -243,9 +268,13 @@ class _Tester:
             for name in subjects:
                 self.check(Stage.GRAPH, self.checks[Stage.GRAPH], candidate, name)
             self.progress("compile", BASE)
-            candidate = stack.enter_context(opened(Stage.PROGRAM, graph, reference))
+            candidate = stack.enter_context(opened(Stage.PROGRAM, graph, reference, self.precision))
+            exact = self.precision == "fp32"
             for name in subjects:
-                self.check(Stage.PROGRAM, self.checks[Stage.PROGRAM], candidate, name)
+                asked = [c for c in self.checks[Stage.PROGRAM] if exact or c.name in SAME_BITS]
+                self.check(Stage.PROGRAM, asked, candidate, name)
+            if not exact:
+                self.judge_rounded(reference, candidate, subjects)
             if pytorch_seconds is None or any(m.engine == "program" for m in self.report.measurements):
                 return
             found = self.measurements(reference, candidate.session, tuple(graph.fitted))
@@ -254,6 +283,15 @@ class _Tester:
             self.report.measurements += found
             for name in subjects:
                 self.check(Stage.EFFICIENCY, checks_efficiency.checks(budgets), found, name)
+
+    def judge_rounded(self, reference: Reference, candidate: Candidate, subjects: tuple[str, ...]) -> None:
+        """Judge a program of whole numbers on the given text."""
+        tell = lambda name: self.progress(f"judge {self.precision}", name)  # noqa: E731
+        manifest = Manifest.read(candidate.folder)
+        found = evaluate_rounded(reference, candidate.session, manifest, self.rows, subjects, tell)
+        self.report.measurements += found.measurements()
+        for name in subjects:
+            self.check(Stage.QUALITY, PRECISION_CHECKS, found, name)
 
     def measurements(self, reference: Reference, session: Any, names: tuple[str, ...]) -> list[Measurement]:
         """Measure both engines."""

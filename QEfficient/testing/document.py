@@ -21,7 +21,7 @@ _ABOUT = {
     Stage.ADAPTER: "The adapter's folder against the base's structure. No model runs.",
     Stage.PYTORCH: "The adapted model in PyTorch + PEFT, float32.",
     Stage.GRAPH: "The exported graph in ONNX Runtime, against PyTorch + PEFT in float32. `program.*` asks the same of the compiled program.",
-    Stage.QUALITY: "`loss` with `--eval`, `tasks` with `--lm-eval`.",
+    Stage.QUALITY: "`loss` and `answers` with `--eval`, `precision` with `--precision` besides, `tasks` with `--lm-eval`.",
     Stage.EFFICIENCY: "With a budget.",
     Stage.BASELINE: "With `--baseline`.",
 }

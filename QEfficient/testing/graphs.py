@@ -60,7 +60,7 @@ def find_graph(reference: Reference, names: Sequence[str], folder: Path) -> Grap
 
 
 @contextmanager
-def opened(stage: Stage, graph: Graph, reference: Reference) -> Iterator[Candidate]:
+def opened(stage: Stage, graph: Graph, reference: Reference, precision: str = "fp32") -> Iterator[Candidate]:
     """Yield the graph, or the program compiled from it, ready to run.
 
     A folder that is not as it was written is opened all the same, so that the checks can say what that does to the
@@ -69,7 +69,7 @@ def opened(stage: Stage, graph: Graph, reference: Reference) -> Iterator[Candida
     with ExitStack() as stack:
         folder = graph.folder
         if stage is Stage.PROGRAM:
-            folder = _compile(folder, stack)
+            folder = _compile(folder, stack, precision)
         if missing := [n for n in Manifest.read(folder).files if not (folder / n).exists()]:
             raise ArtifactError(f"{folder} is not whole: {', '.join(missing)} is missing; export again")
         exported, broken = _exported(graph)
@@ -82,13 +82,13 @@ def opened(stage: Stage, graph: Graph, reference: Reference) -> Iterator[Candida
         yield Candidate(stage, folder, session, reference, exported, graph.fitted, names, broken, seconds)
 
 
-def _compile(folder: Path, stack: ExitStack) -> Path:
+def _compile(folder: Path, stack: ExitStack, precision: str) -> Path:
     try:
         verify_files(folder, Manifest.read(folder).files, full=True)
     except ArtifactError:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qefficient-")))
-        return compile_graph(folder, out=out, verify=False)
-    return compile_graph(folder)
+        return compile_graph(folder, precision=precision, out=out, verify=False)
+    return compile_graph(folder, precision=precision)
 
 
 def _fit(reference: Reference, name: str, folder: Path) -> Tensors:

@@ -4,14 +4,14 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
-from QEfficient.testing.check import Check, Facts, Finding, failed
+from QEfficient.testing.check import Check, Facts, Finding, failed, skipped
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Measurement, Outcome, Series
 from QEfficient.testing.text import number
@@ -23,10 +23,11 @@ _Z = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Tokens of one example; those before ``start`` are the prompt and are not judged."""
+    """Tokens of one example; those before ``start`` are the prompt and are not judged. ``asks``: the rest is the answer to it."""
 
     tokens: Tokens
     start: int
+    asks: bool = False
 
 
 @dataclass(slots=True)
@@ -35,6 +36,8 @@ class Quality:
 
     losses: dict[str, list[float]]
     counts: list[int]
+    answers: dict[str, list[bool]] = field(default_factory=dict)
+    """Whether greedy decoding gives exactly the answer, of the rows that ask for one."""
 
     def loss(self, subject: str) -> float:
         """Return the loss over all judged tokens."""
@@ -47,6 +50,8 @@ class Quality:
             loss = self.loss(subject)
             found.append(Measurement("pytorch", subject, "eval_loss", loss))
             found.append(Measurement("pytorch", subject, "eval_perplexity", math.exp(min(loss, 700))))
+            if self.answers[subject]:
+                found.append(Measurement("pytorch", subject, "eval_exact_match", float(np.mean(self.answers[subject]))))
         return found
 
 
@@ -80,7 +85,7 @@ def _row(line: str, encode: Callable[[str], list[int]], where: str) -> Row:
     if isinstance(content, dict) and all(isinstance(content.get(k), str) for k in ("prompt", "completion")):
         prompt = encode(content["prompt"])
         whole = encode(content["prompt"] + content["completion"])[:_MOST_TOKENS]
-        return Row(np.array(whole, dtype=np.int64), max(1, len(prompt)))
+        return Row(np.array(whole, dtype=np.int64), max(1, len(prompt)), asks=True)
     raise ConfigError(f"{where} must have 'text', or 'prompt' and 'completion'")
 
 
@@ -89,17 +94,23 @@ def evaluate(
 ) -> Quality:
     """Return the loss of every subject on every row."""
     losses: dict[str, list[float]] = {}
+    answers: dict[str, list[bool]] = {}
     for subject in subjects:
         notify(subject)
-        losses[subject] = [_loss(reference, subject, row) for row in rows]
-    return Quality(losses, [len(r.tokens) - r.start for r in rows])
+        judged = [_judge(reference, subject, row) for row in rows]
+        losses[subject] = [loss for loss, _ in judged]
+        answers[subject] = [right for (_, right), row in zip(judged, rows, strict=True) if row.asks]
+    return Quality(losses, [len(r.tokens) - r.start for r in rows], answers)
 
 
-def _loss(reference: Reference, subject: str, row: Row) -> float:
+def _judge(reference: Reference, subject: str, row: Row) -> tuple[float, bool]:
+    """Return the loss, and whether each token is the likeliest behind those before it: then greedy decoding gives them all."""
     logits = reference.logits(subject, row.tokens)[row.start - 1 : -1].astype(np.float64)
+    wanted = row.tokens[row.start :]
     top = logits.max(axis=1, keepdims=True)
     total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
-    return float((total - logits[np.arange(len(logits)), row.tokens[row.start :]]).mean())
+    loss = float((total - logits[np.arange(len(logits)), wanted]).mean())
+    return loss, bool((logits.argmax(axis=1) == wanted).all())
 
 
 def _ask_loss(quality: Quality, subject: str) -> Finding:
@@ -125,6 +136,22 @@ def _ask_loss(quality: Quality, subject: str) -> Finding:
     return Finding(Outcome.PASS, f"{said}; the base has {number(quality.loss(BASE))}.", loss, facts, series)
 
 
+def _ask_answers(quality: Quality, subject: str) -> Finding:
+    right, plain = (np.array(quality.answers[n], dtype=float) for n in (subject, BASE))
+    if not len(right):
+        return skipped("The text has no prompts with answers.")
+    facts: Facts = {"answers": len(right), "exact": int(right.sum())}
+    said = f"{int(right.sum())} of {len(right)} answers are exactly the given ones"
+    if subject == BASE:
+        return Finding(Outcome.PASS, f"{said}.", float(right.mean()), facts)
+    gains = right - plain
+    error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else math.inf
+    said = f"{said}; the base has {int(plain.sum())}"
+    if gains.mean() < -_Z * error and gains.mean() < 0:
+        return Finding(Outcome.WARN, f"{said}: the adapter has lost what the base could.", float(right.mean()), facts)
+    return Finding(Outcome.PASS, f"{said}.", float(right.mean()), facts)
+
+
 CHECKS: tuple[Check[Quality], ...] = (
     Check(
         "loss",
@@ -132,6 +159,14 @@ CHECKS: tuple[Check[Quality], ...] = (
         "An adapter is to predict its own kind of text better than the base; judged row by row, two standard errors apart.",
         _ask_loss,
         unit="nats",
+        of_base=True,
+    ),
+    Check(
+        "answers",
+        "Answers on the given text",
+        "Exact match under greedy decoding, of rows with prompt and completion; two standard errors apart from the base, row by row.",
+        _ask_answers,
+        unit="exact",
         of_base=True,
     ),
 )

@@ -10,7 +10,7 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.options import suggest
-from QEfficient.testing import baseline, checks_adapter, checks_graph, checks_pytorch, harness, quality
+from QEfficient.testing import baseline, checks_adapter, checks_graph, checks_pytorch, harness, precision, quality
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 
@@ -35,7 +35,7 @@ def catalog() -> dict[Stage, tuple[Check[Any], ...]]:
         Stage.PYTORCH: checks_pytorch.CHECKS,
         Stage.GRAPH: checks_graph.CHECKS,
         Stage.PROGRAM: checks_graph.CHECKS,
-        Stage.QUALITY: (*quality.CHECKS, *harness.CHECKS),
+        Stage.QUALITY: (*quality.CHECKS, *precision.CHECKS, *harness.CHECKS),
         Stage.BASELINE: baseline.CHECKS,
     }
     for entry in metadata.entry_points(group=GROUP):

@@ -388,7 +388,7 @@ def _merged_too(model: Any) -> None:
 
 def _other_scaling(model: Any) -> None:
     """Scale as rsLoRA does, after the adapters were attached."""
-    for layer in [m for m in model.modules() if hasattr(m, "scaling") and "one" in getattr(m, "scaling", {})]:
+    for layer in [m for m in model.modules() if isinstance(getattr(m, "scaling", None), dict) and "one" in m.scaling]:
         layer.scaling["one"] *= 2.0
 
 

@@ -187,7 +187,7 @@ def test_plugin_makes_an_item_of_each_check(folders: Folders, tmp_path: Path):
     words = ["--peft-base", str(copy.base), "--peft-adapter", f"one={copy.one}", "-k", "adapter.", "--junitxml=j.xml"]
     done = plugin(folders, tmp_path, *words)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "1 failed, 15 passed" in done.stdout
+    assert "1 failed, 17 passed" in done.stdout
     assert "adapter.task[one]" in done.stdout
     assert "It was trained for SEQ_CLS" in done.stdout
     assert 'failures="1"' in (tmp_path / "j.xml").read_text()
