@@ -104,6 +104,10 @@ def _speaks() -> bool:
 
 
 def _finetune(config: TrainConfig) -> dict[str, float]:
+    if config.engine == "ray":
+        from QEfficient.finetune.cluster import train_on_ray
+
+        return train_on_ray(_finetune, config)
     from transformers.utils import logging
 
     from QEfficient.finetune.classes import rendered_class

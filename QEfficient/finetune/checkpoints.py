@@ -34,6 +34,10 @@ _FREE = {
     "show_example",
     "val_batch_size",
     "test",
+    "engine",
+    "workers",
+    "worker_cpus",
+    "ray_address",
 }
 
 

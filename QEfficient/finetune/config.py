@@ -88,7 +88,19 @@ class TrainConfig:
     eval_steps: int = option(0, "Validate every so many optimizer steps; 0: only before and after.")
     keep_best: bool = option(False, "Save the step with the lowest validation loss, instead of the last.")
     early_stopping: int = option(0, "Stop after so many validations without a lower loss; 0: never.")
-    fsdp: bool = option(False, "Shard parameters over processes (FSDP2); needs torchrun or accelerate launch.")
+    fsdp: bool = option(
+        False, "Shard parameters over processes (FSDP2); needs torchrun, accelerate launch or --engine ray."
+    )
+    engine: str = option(
+        "local",
+        "local: in this process, or those of torchrun; ray: in workers of a Ray cluster that runs.",
+        choices=("local", "ray"),
+    )
+    workers: int = option(1, "Processes of the Ray cluster, with --engine ray; they share a step's examples.")
+    worker_cpus: int = option(1, "Processors of each of them.")
+    ray_address: str = option(
+        "", "Ray cluster to train on; default: that of RAY_ADDRESS, or of this machine.", metavar="ADDRESS"
+    )
     seed: int = option(42, "Seed of the adapter's initial values and of the data's order.")
     dtype: str = option("float32", "Type of the base's weights.", choices=("float32", "bfloat16", "float16"))
     quantization: str = option(

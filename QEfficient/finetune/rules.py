@@ -35,6 +35,12 @@ _RULES: tuple[tuple[Callable[["TrainConfig"], object], str], ...] = (
         lambda c: not (c.streaming and (c.packing or c.group_by_length or c.val_share)),
         "streaming keeps no lengths and no rows: leave packing, group_by_length and val_share out",
     ),
+    (lambda c: c.workers >= 1, "workers must be 1 or more, not {c.workers}"),
+    (lambda c: c.worker_cpus >= 1, "worker_cpus must be 1 or more, not {c.worker_cpus}"),
+    (
+        lambda c: c.engine == "ray" or (c.workers == c.worker_cpus == 1 and not c.ray_address),
+        "workers, worker_cpus and ray_address belong to engine ray: give it, or start processes with torchrun",
+    ),
     (lambda c: c.dataset or not c.dataset_config, "dataset_config is given without a dataset"),
     (
         lambda c: c.task_mode == "generation" or not (c.packing or c.streaming or c.data_format != "auto" or c.test),

@@ -228,7 +228,9 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
     )
     processes = arguments.world_size
     if config.fsdp and processes == 1:
-        raise ConfigError("fsdp shards over processes, and there is one: start with torchrun or accelerate launch")
+        raise ConfigError(
+            "fsdp shards over processes, and there is one: start several with torchrun, or give --engine ray and --workers"
+        )
     split = split_batch(config.train_batch_size, config.gradient_accumulation_steps, processes)
     arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = split
     return arguments
