@@ -107,7 +107,7 @@ def test_as_many_graphs_as_may_be(make: Callable[..., Server], kinds: Any) -> No
 
 @pytest.mark.slow
 def test_every_kind_over_http(start: Callable[..., Running], place: Place, kinds: dict[str, Path]) -> None:
-    """A real server, which prepares in another process, answers for all of them; without LoRA the first graph is of another kind."""
+    """A real server, which prepares in another process, answers for all of them as PyTorch does."""
     options = [f"--adapter={n}={p}" for n, p in kinds.items() if n != "one"]
     client = start("--graphs", "4", *options).client().with_options(timeout=600, max_retries=5)
     tokenizer = AutoTokenizer.from_pretrained(place.base)
