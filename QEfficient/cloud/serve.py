@@ -35,7 +35,8 @@ class Options:
     precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "int8", "int4"])
     threads: int = option(0, "Threads; 0: one for each physical core.")
     large_pages: bool = option(
-        False, "Weights on large pages of memory, where the system has them: loading takes longer, tokens may be faster."
+        False,
+        "Weights on large pages of memory, where the system has them: loading takes longer, tokens may be faster.",
     )
     adapter_memory_mb: int = option(1024, "Most memory of resident adapters.")
     prefix_memory_mb: int = option(256, "Most memory of what prompts leave for others that begin alike; 0: nothing.")
