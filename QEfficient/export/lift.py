@@ -6,7 +6,7 @@ the base's tensors turn into initializers, and the adapter's stay inputs. No PEF
 dynamic rank is.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,11 @@ NOT_IN_GRAPH = frozenset(
     "beta1 beta2 deltaT init_r orth_reg_weight target_r tfinal tinit total_step".split()
 )
 
+# Fields that say how the base is changed, where loading changes it.
+_SHAPES_BASE = frozenset(
+    "init_lora_weights corda_config loftq_config lora_ga_config r rank_pattern lora_alpha alpha_pattern use_rslora target_modules "
+    "exclude_modules layers_to_transform layers_pattern".split()
+)
 
 # Methods whose forward can be traced and would then compute something else than in PyTorch, and why.
 _DIFFERS = {
@@ -209,9 +214,18 @@ def base_name(path: str, inner: nn.Module) -> str:
     return ".".join([*kept, last])
 
 
+def moves_base(peft_config: Mapping[str, Any]) -> str | None:
+    """Return the field of a PeftConfig for which PEFT changes the base's weights whenever it loads the adapter, with its value."""
+    kind = str(peft_config.get("init_lora_weights"))
+    if kind.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        return f"init_lora_weights is {kind!r}"
+    return "kasa_config is set" if peft_config.get("kasa_config") else None
+
+
 def graph_fields(peft_config: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of a PeftConfig (as a dict) that can shape the graph, JSON-ready, without empty ones."""
-    fields = {k: v for k, v in peft_config.items() if k not in NOT_IN_GRAPH and "dropout" not in k}
+    own = _SHAPES_BASE if moves_base(peft_config) else ()
+    fields = {k: v for k, v in peft_config.items() if k in own or (k not in NOT_IN_GRAPH and "dropout" not in k)}
     return {k: plain(v) for k, v in sorted(fields.items()) if v not in (None, False, [], {}, set())}
 
 

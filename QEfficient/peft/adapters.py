@@ -2,7 +2,7 @@
 """Adapters: loaded from PEFT folders, and fitted to a graph. Here is the rule of what fits.
 
 An adapter fits a graph when its tensors fit: rank is dynamic, a target that the adapter lacks is zero, scaling is data.
-Dropout, initialisation or the recorded base path say nothing about it.
+Dropout, initialisation or the recorded base path say nothing about it, unless the initialisation changes the base (PiSSA).
 """
 
 import json

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from QEfficient.errors import AdapterMismatchError, ConfigError
-from QEfficient.export.lift import inner_model
+from QEfficient.export.lift import inner_model, moves_base
 from QEfficient.export.weights import INDEX_FILE
 from QEfficient.peft.adapters import WEIGHTS_FILE, check_name, read_config, read_tensors, resolve
 from QEfficient.store import is_local
@@ -87,6 +87,7 @@ def attach(model: PreTrainedModel | PeftModel, adapters: Mapping[str, str | Path
         folder = resolve(path)
         _check_free(model, check_name(name))
         config = read_config(folder)
+        _check_shares(model, name, config)
         read_tensors(folder / WEIGHTS_FILE)  # a damaged file must not reach PEFT, which changes the model first
         config.inference_mode = True
         try:
@@ -113,6 +114,17 @@ def _check_free(model: torch.nn.Module, name: str) -> None:
             else path
         )
         raise ConfigError(f"an adapter of this base cannot be called {name!r} ({reason}); choose another name")
+
+
+def _check_shares(model: PreTrainedModel | PeftModel, name: str, config: PeftConfig) -> None:
+    """Refuse adapters beside one whose loading changes the base's weights: they would be another base's."""
+    others = model.peft_config if isinstance(model, PeftModel) else {}
+    for mover, moves in ((name, config), *others.items()):
+        if others and (reason := moves_base(vars(moves))):
+            raise AdapterMismatchError(
+                f"adapter {mover!r} changes the base's weights when PEFT loads it ({reason}), so it shares the base with no "
+                f"other adapter. Load it alone, or convert it to plain LoRA with PEFT"
+            )
 
 
 def _add(model: PeftModel, folder: Path, name: str) -> None:

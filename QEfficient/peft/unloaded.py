@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from QEfficient.contract import Manifest
 from QEfficient.errors import AdapterMismatchError, UnsupportedError
-from QEfficient.export.lift import Lifted, inner_model, lift, shapes_graph
+from QEfficient.export.lift import Lifted, inner_model, lift, moves_base, shapes_graph
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import INDEX_FILE, Checkpoint, CheckpointIndex
 from QEfficient.peft.adapters import Adapter, check_name, fit, write_exported
@@ -96,8 +96,9 @@ def skeleton_of(base: str | Path, adapters: Mapping[str, Adapter], *, held: bool
         adapters: By name.
         held: Hold the adapters' tensors against what their configurations put on the base.
     """
-    if not all(shapes_graph(adapter.config) for adapter in adapters.values()):
-        return None  # virtual tokens run through the base's weights once
+    configs = [adapter.config for adapter in adapters.values()]
+    if not all(map(shapes_graph, configs)) or any(moves_base(vars(c)) for c in configs):
+        return None  # virtual tokens run through the base's weights once; some initialisations change them
     if any(".base_layer." in tensor for adapter in adapters.values() for tensor in adapter.tensors):
         return None
     config = read_base_config(base)

@@ -3,6 +3,8 @@
 
 from typing import Any
 
+from QEfficient.export.lift import moves_base
+
 _PROMPT = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE"}
 _ROUTED = {"XLORA", "POLY", "LILY", "SHADOW"}
 _MIXED = {"LORA", "ROAD"}
@@ -27,12 +29,8 @@ def is_prompt(config: Any) -> bool:
 
 def takes_from_base(config: Any) -> str | None:
     """Return why loading changes the base's weights, or None if it does not."""
-    kind = getattr(config, "init_lora_weights", None)
-    if isinstance(kind, str) and kind.lower().startswith(("pissa", "olora", "corda")):
-        return (
-            f"init_lora_weights is {kind!r}: PEFT takes the first factors off the base's weights whenever it loads it"
-        )
-    return None
+    reason = moves_base(vars(config))
+    return f"{reason}: PEFT changes the base's weights whenever it loads the adapter" if reason else None
 
 
 def _has(config: Any, field: str) -> bool:
@@ -62,10 +60,6 @@ def _merge(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
 
 def _disabled(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
     return [
-        (
-            _has(config, "use_kasa") or _has(config, "kasa_config"),
-            "KaSA truncates the base's weights when it is first used",
-        ),
         (_has(config, "layer_replication"), "replicated layers stay when the adapter is disabled"),
         (takes_from_base(config) is not None, str(takes_from_base(config))),
         (getattr(config, "bias", "none") not in ("none", None), "trained biases are the base's own and stay"),

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from peft import IA3Config, PeftModel, PolyConfig
 from transformers import AutoModelForCausalLM
 
 from QEfficient import QEffAutoPeftModelForCausalLM
 from QEfficient.cloud.__main__ import main
 from QEfficient.errors import AdapterMismatchError
-from QEfficient.peft.adapters import Adapter, read_exported
+from QEfficient.peft.adapters import Adapter, fit, read_exported
 from QEfficient.peft.tasks import choose_task
 from QEfficient.peft.unloaded import export_adapters
+from QEfficient.runtime.session import OrtSession
 from tests.tiny import STYLES, lora, save_adapter, save_base
 
 
@@ -79,3 +81,30 @@ def test_a_task_is_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "has 3 task(s), numbered from 0; there is no task 3" in capsys.readouterr().err
     assert main([*argv, "--task", "y=1"]) == 2
     assert "--task takes NAME=N, a number for one of x, not 'y=1'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_adapters_that_change_the_base(kind: str, tmp_path: Path) -> None:
+    """PEFT takes such an adapter's first factors off the base: the graph is of that base, and of that adapter alone."""
+    base = save_base(tmp_path / "base")
+    mover = save_adapter(base, tmp_path / "mover", config=lora(init_lora_weights=kind))
+    plain = save_adapter(base, tmp_path / "plain")
+    ids = np.arange(3, 15)[None]
+    with torch.no_grad():
+        peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(mover)).eval()
+        want = peft_model(torch.from_numpy(ids)).logits[0, -1].numpy()
+    folder = export_adapters(base, {"mover": mover}, tmp_path / "graph")
+    session = OrtSession(folder, threads=1)
+    session.load_adapter("mover", fit(read_exported(folder / "adapters/mover.safetensors"), session.manifest))
+    session.allocate(1, 16)
+    session.set_adapter("mover")
+    assert np.abs(session.run(ids, np.arange(12)[None])[0, -1] - want).max() < 1e-4 * np.ptp(want)
+
+    exported = export_adapters(base, {"plain": plain}, tmp_path / "plain_graph")
+    beside = read_exported(exported / "adapters/plain.safetensors")
+    with pytest.raises(AdapterMismatchError, match=f"init_lora_weights is None, exported with '{kind}'"):
+        fit(beside, session.manifest)
+    with pytest.raises(
+        AdapterMismatchError, match=r"'mover' changes the base's weights .* shares the base with no other"
+    ):
+        export_adapters(base, {"plain": plain, "mover": mover}, tmp_path / "both")
