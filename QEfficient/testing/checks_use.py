@@ -14,6 +14,7 @@ from QEfficient.contract import BASE
 from QEfficient.peft.tasks import tasks_of
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
+from QEfficient.testing.known import takes_from_base
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import counted, listed, number
@@ -138,6 +139,8 @@ def _ask_weighted(reference: Reference, subject: str) -> Finding:
     model = reference.model
     if str(model.peft_config[subject].peft_type.value) != "LORA":
         return skipped("PEFT combines adapters by weight for LoRA.")
+    if why := takes_from_base(model.peft_config[subject]):
+        return skipped(f"PEFT's own limit: {why}, so for the combination too.")
     usable = [n for n in reference.paths if _is_plain(reference, n)]
     if subject not in usable:
         return skipped("PEFT's own limit: combined adapters lose variants, patterns and modules_to_save.")

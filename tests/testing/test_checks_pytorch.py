@@ -11,7 +11,7 @@ from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.workload import make_workload
 from tests.testing.conftest import Folders
-from tests.tiny import VOCAB, save_adapter
+from tests.tiny import VOCAB, lora, save_adapter
 
 ADAPTER = [c.name for c in CHECKS if c.of_adapters]
 
@@ -52,6 +52,18 @@ def test_untrained_adapter_fails(folders: Folders, tmp_path: Path):
     made.attach("one", save_adapter(folders.base, tmp_path / "untrained", scale=0.0))
     found = ask("effect", made)
     assert (found.outcome, found.measured) == (Outcome.FAIL, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["pissa", "olora"])
+def test_no_check_changes_the_base(kind: str, folders: Folders, tmp_path: Path):
+    """PEFT takes factors of these off the base whenever it makes another adapter of their kind; no check does."""
+    made = Reference(load_base(folders.base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
+    made.attach("one", save_adapter(folders.base, tmp_path / "one", config=lora(init_lora_weights=kind)))
+    before = {n: p.detach().clone() for n, p in made.model.named_parameters()}
+    found = {check.name: check.perform(Stage.PYTORCH, made, "one").outcome for check in CHECKS if check.of_adapters}
+    assert found["weighted"] is Outcome.SKIP
+    assert Outcome.FAIL not in found.values(), found
+    assert all(torch.equal(p, before[n]) for n, p in made.model.named_parameters())
 
 
 def change_base(model: torch.nn.Module) -> None:
