@@ -135,21 +135,6 @@ def note_parts(value: ir.Value, parts: Sequence[tuple[ir.Value, tuple[int, ...]]
     value.metadata_props[_PARTS] = json.dumps(noted)
 
 
-def note_transposed(value: ir.Value) -> None:
-    """Note that the input ``value``, a matrix, comes in transposed; if it is joined, so do its parts."""
-    if _PARTS in value.metadata_props:
-        parts = json.loads(value.metadata_props[_PARTS])
-        noted = [[name, _turned(perm), scaled_by, columns] for name, perm, scaled_by, columns in parts]
-        value.metadata_props[_PARTS] = json.dumps(noted)
-    else:
-        value.metadata_props[_PERM] = _turned(value.metadata_props.get(_PERM, ""))
-
-
-def _turned(perm: str) -> str:
-    """Return the order of a matrix's axes, exchanged; no order is the one of the adapter's file."""
-    return "1,0" if perm in {"", "0,1"} else ""
-
-
 def drop_unused_parts(model: ir.Model) -> None:
     """Remove adapter inputs that are parts of others now."""
     parts = {part[0] for value in model.graph.inputs for part in json.loads(value.metadata_props.get(_PARTS, "[]"))}

@@ -19,7 +19,6 @@ from QEfficient.compile.mixed import MaskAdapterRanks
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
-from QEfficient.compile.transposed import TransposeAdapterProducts
 from QEfficient.compile.values import CONTRIB
 from QEfficient.compile.weightfile import files_of, store_weights
 from QEfficient.contract import MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
@@ -105,14 +104,12 @@ class OnnxRuntime:
             model, _ = rewrite.apply(model)
         quantized = QuantizeWeights(precision)
         model, changed = quantized.apply(model)
-        with_rank = [spec.name for spec in manifest.adapter if "rank" in spec.shape]
-        model, _ = JoinAttentionProjections(with_rank).apply(model)
-        bound = Counter(s.joined or s.name for s in lowered_specs(model, manifest.adapter) if s.bound)
+        model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
+        specs = lowered_specs(model, manifest.adapter)
         masked = False
         if mixed:
+            bound = Counter(s.joined or s.name for s in specs if s.bound)
             model, masked = MaskAdapterRanks(dict(bound)).apply(model)
-        model, _ = TransposeAdapterProducts(list(bound)).apply(model)
-        specs = lowered_specs(model, manifest.adapter)
         # Without the large weights, the graph's own file is not worth keeping for the rest.
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)

@@ -48,7 +48,7 @@ def validate(name: str, tensors: Mapping[str, Array], specs: Sequence[AdapterSpe
 def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[str, Array]:
     """Return what to bind: transposed, scaled and joined where the program asks for it, contiguous, ours to keep."""
     placed: dict[str, Array] = {}
-    parts: dict[str, list[tuple[Array, AdapterSpec]]] = {}
+    parts: dict[str, list[tuple[Array, tuple[int, ...]]]] = {}
     for spec in specs:
         if not spec.bound:
             continue
@@ -58,7 +58,7 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
         if spec.perm:
             tensor = tensor.transpose(spec.perm)
         if spec.joined:
-            parts.setdefault(spec.joined, []).append((tensor, spec))
+            parts.setdefault(spec.joined, []).append((tensor, spec.columns))
             continue
         # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
         copy = tensor.flags.writeable and tensor is tensors[spec.name]
@@ -66,27 +66,18 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
     return placed | {name: _join(tensors) for name, tensors in parts.items()}
 
 
-def _join(parts: Sequence[tuple[Array, AdapterSpec]]) -> Array:
-    """Put matrices one behind the other along the rank, those that name columns on a diagonal of these."""
-    first, spec = parts[0]
-    axis = rank_axis(spec)
-    if not spec.columns:
-        return np.ascontiguousarray(np.concatenate([tensor for tensor, _ in parts], axis=axis))
-    ranks = sum(tensor.shape[axis] for tensor, _ in parts)
-    whole = np.zeros((ranks, spec.columns[1]), first.dtype)
+def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
+    """Put parts ``(…, in, r)`` side by side, or parts ``(…, r, out)`` on a diagonal of the columns they name."""
+    first, columns = parts[0]
+    if not columns:
+        return np.ascontiguousarray(np.concatenate([tensor for tensor, _ in parts], axis=-1))
+    ranks = sum(tensor.shape[-2] for tensor, _ in parts)
+    whole = np.zeros((*first.shape[:-2], ranks, columns[1]), first.dtype)
     row = 0
-    for tensor, part in parts:
-        by_rank = tensor if axis == -2 else tensor.T
-        start = part.columns[0]
-        whole[row : row + by_rank.shape[0], start : start + by_rank.shape[1]] = by_rank
-        row += by_rank.shape[0]
-    return whole if axis == -2 else np.ascontiguousarray(whole.T)
-
-
-def rank_axis(spec: AdapterSpec) -> int:
-    """Return the axis of the rank in the tensor as it is bound, counted from the end; a joined tensor's is that of its parts."""
-    axis = spec.shape.index("rank")
-    return (spec.perm.index(axis) if spec.perm else axis) - len(spec.shape)
+    for tensor, (start, _) in parts:
+        whole[..., row : row + tensor.shape[-2], start : start + tensor.shape[-1]] = tensor
+        row += tensor.shape[-2]
+    return whole
 
 
 def rank_of(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> int:

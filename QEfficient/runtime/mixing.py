@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from QEfficient.contract import ADAPTER_MASK, BASE, AdapterSpec
-from QEfficient.runtime.adapters import rank_axis
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +28,7 @@ class Mixture:
 
     def __init__(self, specs: Sequence[AdapterSpec]) -> None:
         self.tensors: dict[str, Array] = {}
-        self._axes = {s.joined or s.name: rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
+        self._axes = {s.joined or s.name: _rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
         self._places: dict[str, tuple[int, int]] = {}
         self._mask: Array = np.zeros((0, 1, 0), np.float32)
         self._rows: tuple[str, ...] = ()
@@ -97,6 +96,14 @@ class Mixture:
                 whole[_along(axis, to, rank)] = mine[_along(axis, part * rank, rank)]
         self._places[name] = (start, rank)
         self._rows = ()
+
+
+def _rank_axis(spec: AdapterSpec) -> int:
+    """Return the axis of the rank in the placed tensor, counted from the end (matrices only)."""
+    if spec.joined:
+        return -2 if spec.columns else -1
+    axis = spec.shape.index("rank")
+    return (spec.perm.index(axis) if spec.perm else axis) - len(spec.shape)
 
 
 def _along(axis: int, start: int, length: int) -> tuple[Any, ...]:
