@@ -22,7 +22,7 @@ from QEfficient.contract import BASE, Manifest
 from QEfficient.testing.candidate import Session
 from QEfficient.testing.check import Check, Facts, Finding, failed, skipped
 from QEfficient.testing.compare import difference
-from QEfficient.testing.quality import Row
+from QEfficient.testing.quality import Row, token_losses
 from QEfficient.testing.reference import Logits, Reference
 from QEfficient.testing.report import Measurement, Outcome, Series
 from QEfficient.testing.text import number
@@ -135,11 +135,8 @@ def _divergence(got: list[Logits], want: list[Logits]) -> npt.NDArray[np.float64
 
 
 def _loss(logits: list[Logits], rows: list[Row]) -> float:
-    every = np.concatenate(logits).astype(np.float64)
     tokens = np.concatenate([r.tokens[r.start :] for r in rows])
-    top = every.max(axis=1, keepdims=True)
-    total = top[:, 0] + np.log(np.exp(every - top).sum(axis=1))
-    return float((total - every[np.arange(len(every)), tokens]).mean())
+    return float(token_losses(np.concatenate(logits), tokens).mean())
 
 
 @contextlib.contextmanager

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.testing.check import Check, Facts, Finding, failed, skipped
-from QEfficient.testing.reference import Reference
+from QEfficient.testing.reference import Logits, Reference
 from QEfficient.testing.report import Measurement, Outcome, Series
 from QEfficient.testing.text import number
 from QEfficient.testing.workload import Tokens
@@ -103,13 +104,20 @@ def evaluate(
     return Quality(losses, [len(r.tokens) - r.start for r in rows], answers)
 
 
+def token_losses(logits: Logits, tokens: Tokens) -> npt.NDArray[np.float64]:
+    """Return the loss of each token, ``(n,)`` in nats, from the logits ``(n, V)`` that stand before it."""
+    exact = logits.astype(np.float64)
+    top = exact.max(axis=1, keepdims=True)
+    total = top[:, 0] + np.log(np.exp(exact - top).sum(axis=1))
+    losses: npt.NDArray[np.float64] = total - exact[np.arange(len(exact)), tokens]
+    return losses
+
+
 def _judge(reference: Reference, subject: str, row: Row) -> tuple[float, bool]:
     """Return the loss, and whether each token is the likeliest behind those before it: then greedy decoding gives them all."""
-    logits = reference.logits(subject, row.tokens)[row.start - 1 : -1].astype(np.float64)
+    logits = reference.logits(subject, row.tokens)[row.start - 1 : -1]
     wanted = row.tokens[row.start :]
-    top = logits.max(axis=1, keepdims=True)
-    total = top[:, 0] + np.log(np.exp(logits - top).sum(axis=1))
-    loss = float((total - logits[np.arange(len(logits)), wanted]).mean())
+    loss = float(token_losses(logits, wanted).mean())
     return loss, bool((logits.argmax(axis=1) == wanted).all())
 
 
