@@ -38,6 +38,7 @@ from scripts.coverage.case import lora
 from scripts.coverage.methods import METHODS, other_fields
 from scripts.coverage.pool import run_all
 from scripts.coverage.shrink import tiny_model
+from scripts.coverage.tables import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 _SECONDS: tuple[Mapping[str, Any], ...] = ({"r": 2, "lora_alpha": 32}, {"lora_alpha": 32})
@@ -107,12 +108,6 @@ def code_digest() -> str:
         if path.relative_to(ROOT / "QEfficient").parts[0] not in ("serve", "finetune", "cloud"):
             hasher.update(path.read_bytes())
     return hasher.hexdigest()
-
-
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Return the last result of each row."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return {entry["name"]: entry for entry in map(json.loads, lines)}
 
 
 def main() -> None:
