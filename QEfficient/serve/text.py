@@ -8,11 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from QEfficient.errors import ConfigError
 
 _UNFINISHED = "\ufffd"
-_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_BYTES = {chr(b): b for b in _PLAIN} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in _PLAIN)}
+_BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # type: ignore[no-untyped-call]
 """Bytes by the characters that byte-level tokenizers write for them."""
 
 
