@@ -19,6 +19,7 @@ from QEfficient.export.layers import Layer, Learning, Marking, find_layers
 from QEfficient.export.lift import Lifted
 from QEfficient.export.positions import RowPositions
 from QEfficient.export.repairs import Repairs
+from QEfficient.export.skeleton import uncounted_token
 
 # Sizes of the example inputs. They leave no trace in the graph, as long as none is 0 or 1 and no two are equal.
 _BATCH, _SEQUENCE, _CONTEXT, _RANK = 2, 3, 11, 5
@@ -39,8 +40,7 @@ class Program(nn.Module):
         self.inner = inner
         self.lifted, self.adapter_name, self.keep_all = lifted, adapter_name, keep_all
         self.accepts = inspect.signature(inner.forward).parameters
-        # A model that numbers its tokens by what they are is not given positions: its numbers may begin elsewhere.
-        self.counts = any(hasattr(m, "create_position_ids_from_input_ids") for m in inner.modules())
+        self.counts = uncounted_token(inner) is not None  # then it is given no positions: its numbers begin elsewhere
         self.shapes: dict[int, dict[str, Shape]] = {}
         self.followers: list[tuple[Layer, Layer]] = []
         self.names = [*lifted.base, *lifted.adapter, *lifted.scalings]

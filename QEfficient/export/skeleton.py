@@ -35,14 +35,27 @@ def skeleton_of(model: nn.Module) -> nn.Module:
     return skeleton.eval()
 
 
-def longest_context(text_config: Any) -> int:
+def uncounted_token(model: nn.Module) -> int | None:
+    """Return the token (padding) that a model leaves out where it numbers the others itself, from the token's id + 1 on.
+
+    RoBERTa and its kin do; None for a model that takes positions, or numbers every token.
+    """
+    numbering = (m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    return next((int(m.padding_idx) for m in numbering), None)  # type: ignore[arg-type]
+
+
+def longest_context(model: nn.Module) -> int:
     """Return the longest context at which a model computes the same for every row of a batch; 0 if there is no limit.
 
     Rotary frequencies of the type ``longrope`` change for the whole batch, and not for what the cache holds already, as
-    soon as its longest row is longer than the model was trained with at first.
+    soon as its longest row is longer than the model was trained with at first. A model with an :func:`uncounted_token`
+    does not use the first places of its table of positions.
     """
+    text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     named = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
     longest = next((int(n) for n in named if n), 0)
+    if longest and (uncounted := uncounted_token(model)) is not None:
+        longest -= uncounted + 1
     rope = getattr(text_config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
     ends = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]

@@ -275,7 +275,7 @@ def _describe(
         adapter=(),
         logits=logits,
         vocab_size=int(text.vocab_size),
-        max_positions=longest_context(text),
+        max_positions=longest_context(inner_model(skeleton)),
         versions=versions,
         options={"logits": logits} | ({} if weights == "linked" else {"weights": weights}),
         absent=origin.checkpoint.shards if isinstance(origin.checkpoint, CheckpointIndex) else (),

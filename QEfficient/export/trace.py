@@ -80,8 +80,7 @@ def trace(skeleton: nn.Module, lifted: Lifted, adapter_name: str | None, *, logi
 
 
 def _to_onnx(program: Program, fakes: Fakes) -> ir.Model:
-    config: Any = program.inner.config
-    longest = longest_context(config.get_text_config())
+    longest = longest_context(program.inner)
     try:
         exported = _export(program, fakes)
     except (UserError, SizeError) as unlimited:

@@ -37,9 +37,11 @@ _FLOAT32 = (
 
 def _ask_integrity(candidate: Candidate, subject: str) -> Finding:
     manifest = Manifest.read(candidate.folder)
-    longest = longest_context(candidate.reference.model.config.get_text_config())
+    longest = longest_context(candidate.reference.model)
     if manifest.max_positions and longest and manifest.max_positions != longest:
-        text = f"The manifest says that the base takes {manifest.max_positions} positions, its configuration says {longest}"
+        text = (
+            f"The manifest says that the base takes {manifest.max_positions} positions, the base itself takes {longest}"
+        )
         return failed(f"{text}: a session refuses what the base can do, or the other way round. Export again.")
     try:
         verify_files(candidate.folder, manifest.files, full=True)

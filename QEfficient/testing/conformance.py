@@ -11,7 +11,7 @@ from typing import Any
 from QEfficient.compile.blocks import BITS
 from QEfficient.contract import BASE, Manifest
 from QEfficient.errors import ConfigError, QEffError
-from QEfficient.export.skeleton import longest_context
+from QEfficient.export.skeleton import longest_context, uncounted_token
 from QEfficient.options import suggest
 from QEfficient.peft.loading import load_base, read_base_config
 from QEfficient.testing import checks_efficiency, harness, quality
@@ -202,7 +202,10 @@ class _Tester:
         model = load_base(self.base, attn_implementation="eager")
         seconds = time.perf_counter() - begin
         count = greedy_tokens or default_tokens(model.num_parameters())
-        workload = make_workload(text.vocab_size, self.max_positions, encode, count, self.tokens)
+        # No test goes beyond what a graph of the base allows.
+        workload = make_workload(
+            text.vocab_size, longest_context(model), encode, count, self.tokens, uncounted_token(model)
+        )
         reference = Reference(model, workload)
         begin = time.perf_counter()
         for name, path in list(self.paths.items()):
@@ -296,12 +299,7 @@ class _Tester:
     def measurements(self, reference: Reference, session: Any, names: tuple[str, ...]) -> list[Measurement]:
         """Measure both engines."""
         tell = lambda subject: self.progress("measure", subject)  # noqa: E731
-        return measure(reference, session, names, max_positions=self.max_positions, notify=tell)
-
-    @property
-    def max_positions(self) -> int:
-        """Longest context of the base, 0 if it names none: no test goes beyond what a graph of it allows."""
-        return longest_context(self.config.get_text_config())
+        return measure(reference, session, names, max_positions=longest_context(reference.model), notify=tell)
 
     def wants(self, *stages: Stage) -> bool:
         """Whether any check of these stages is asked."""

@@ -77,6 +77,7 @@ def make_workload(
     encode: Callable[[str], list[int]] | None = None,
     greedy_tokens: int = _GREEDY,
     must_hold: Sequence[int] = (),
+    left_out: int | None = None,
 ) -> Workload:
     """Return the workload of a base.
 
@@ -86,6 +87,7 @@ def make_workload(
         encode: The base's tokenizer; None for random tokens.
         greedy_tokens: How many tokens to generate; fewer if the context is shorter.
         must_hold: Tokens that the first and the shortest row hold, up to a third of each.
+        left_out: Token that random rows do not hold: some models give padding no number of its own.
 
     Raises:
         UnsupportedError: The base's context is too short to ask anything.
@@ -98,18 +100,21 @@ def make_workload(
     lengths = tuple(max(2, int(n * scale)) for n in _PROMPT_LENGTHS)
     decode = max(2, int(_DECODE * scale))
     greedy = min(greedy_tokens, room - max(lengths) - chunk)
-    rows = tuple(_tokens(i, n + decode, vocab_size, encode) for i, n in enumerate(lengths))
+    rows = tuple(_tokens(i, n + decode, vocab_size, encode, left_out) for i, n in enumerate(lengths))
     for row in (rows[0], min(rows, key=len)):
         held = [t for t in must_hold if 0 <= t < vocab_size][: len(row) // 3]
         row[1 : 1 + 3 * len(held) : 3] = held
     return Workload(rows, lengths, chunk, greedy)
 
 
-def _tokens(row: int, length: int, vocab_size: int, encode: Callable[[str], list[int]] | None) -> Tokens:
+def _tokens(
+    row: int, length: int, vocab_size: int, encode: Callable[[str], list[int]] | None, left_out: int | None
+) -> Tokens:
     """Return ``length`` token ids of one row."""
     ids: list[int] = []
     if encode is not None:
         ids = [i for i in encode(_TEXTS[row % len(_TEXTS)]) if 0 <= i < vocab_size]
     if not ids:
-        return np.random.default_rng(_SEED + row).integers(0, vocab_size, length)
+        drawn = np.random.default_rng(_SEED + row).integers(0, vocab_size - (left_out is not None), length)
+        return drawn if left_out is None else drawn + (drawn >= left_out)
     return np.resize(np.asarray(ids, dtype=np.int64), length)

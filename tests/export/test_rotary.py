@@ -6,11 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig
 
 from QEfficient.contract import Manifest
 from QEfficient.errors import ConfigError
-from QEfficient.export.skeleton import longest_context, skeleton_of
+from QEfficient.export.skeleton import skeleton_of
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.runtime.session import OrtSession
 from scripts.coverage.shrink import tiny_model
@@ -55,12 +54,3 @@ def test_dynamic_frequencies_are_the_first_ones() -> None:
     assert torch.equal(skeleton.model.rotary_emb.inv_freq, first)
     assert skeleton.model.rotary_emb.rope_type == "default"
     assert model.model.rotary_emb.rope_type == "dynamic"
-
-
-def test_longest_context() -> None:
-    """The shortest of the lengths that configurations name, by layer type too."""
-    assert longest_context(LlamaConfig(max_position_embeddings=64)) == 64
-    assert longest_context(LlamaConfig(max_position_embeddings=64, rope_parameters=LONGROPE)) == 32
-    assert longest_context(type("Config", (), {})()) == 0
-    by_layer = type("Config", (), {"rope_parameters": {"full_attention": LONGROPE, "sliding_attention": DYNAMIC}})()
-    assert longest_context(by_layer) == 32
