@@ -11,6 +11,7 @@ import torch
 from transformers import GenerationConfig
 
 from QEfficient.contract import BASE
+from QEfficient.export.skeleton import uncounted_token
 from QEfficient.peft.tasks import tasks_of
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
@@ -18,6 +19,7 @@ from QEfficient.testing.known import takes_from_base
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import counted, listed, number
+from QEfficient.testing.workload import Tokens
 
 _NEW = 4
 _COMBINED = "qefficient_combined"
@@ -31,23 +33,21 @@ _SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")
 def _ask_generate(reference: Reference, subject: str) -> Finding:
     row = reference.short
     holds_tasks = subject != BASE and tasks_of(reference.model.peft_config[subject])
-    task: dict[str, Any] = {"task_ids": torch.zeros(1, dtype=torch.int64)} if holds_tasks else {}
-    with reference.selected(subject) as model, _plain_settings(model), torch.no_grad():
-        made = model.generate(
-            input_ids=torch.from_numpy(row)[None],
-            attention_mask=torch.ones((1, len(row)), dtype=torch.int64),
-            max_new_tokens=_NEW,
-            do_sample=False,
-            pad_token_id=0,
-            **task,
-        )
-    new = made[0].numpy()[len(row) :]
+    more: dict[str, Any] = {"task_ids": torch.zeros(1, dtype=torch.int64)} if holds_tasks else {}
+    if (uncounted := uncounted_token(reference.model)) is not None:
+        more["position_ids"] = torch.arange(len(row))[None] + uncounted + 1
+    new = _generated(reference, subject, row, **more)
     if not len(new):
         return failed("generate() returns no new token.")
     logits = reference.logits(subject, np.concatenate([row, new[:-1]]))[-len(new) :].astype(np.float64)
     lead = (logits.max(axis=1) - logits[np.arange(len(new)), new]) / np.maximum(np.ptp(logits, axis=1), 1e-30)
     worst = float(lead.max())
     if worst <= 2 * LOGITS_TOLERANCE:
+        if uncounted is not None and subject == BASE and not np.array_equal(_generated(reference, subject, row), new):
+            text = (
+                f"generate() of transformers numbers tokens from 0, the forward pass of this base from {uncounted + 1}"
+            )
+            return Finding(Outcome.WARN, f"{text}: give generate() position_ids, or its tokens are others.", worst)
         return passed(f"The {len(new)} tokens of generate() are those of the forward pass.", worst)
     at = int(lead.argmax())
     text = f"Token {at} of generate() is {new[at]}, the forward pass puts {int(logits[at].argmax())} above it by {number(worst)} of the range"
@@ -55,6 +55,20 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
     if subject != BASE and (plain.argmax(axis=1) == new).all():
         text += "; its tokens are the base's"
     return failed(f"{text}. Does what generates use the adapted model? Does the adapter work with a cache?", worst)
+
+
+def _generated(reference: Reference, subject: str, row: Tokens, **more: Any) -> Tokens:
+    with reference.selected(subject) as model, _plain_settings(model), torch.no_grad():
+        made = model.generate(
+            input_ids=torch.from_numpy(row)[None],
+            attention_mask=torch.ones((1, len(row)), dtype=torch.int64),
+            max_new_tokens=_NEW,
+            do_sample=False,
+            pad_token_id=0,
+            **more,
+        )
+    tokens: Tokens = made[0].numpy()[len(row) :]
+    return tokens
 
 
 @contextlib.contextmanager

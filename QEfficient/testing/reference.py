@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from QEfficient.contract import BASE
 from QEfficient.errors import AdapterMismatchError
+from QEfficient.export.skeleton import uncounted_token
 from QEfficient.peft.tasks import choose_task, tasks_of
 from QEfficient.testing.known import explain, is_prompt
 from QEfficient.testing.workload import Tokens, Workload
@@ -164,14 +165,15 @@ class Reference:
 
     def padded(self, subject: str, rows: list[Tokens], side: str) -> list[Logits]:
         """Return the logits of rows in one batch, padded on the right or left, without those of the padding."""
-        longest = max(len(r) for r in rows)
-        ids, mask = (torch.zeros((len(rows), longest), dtype=torch.int64) for _ in range(2))
+        longest, uncounted = max(len(r) for r in rows), uncounted_token(self.model)
+        ids, mask = (torch.full((len(rows), longest), token) for token in (uncounted or 0, 0))
         places = [slice(0, len(r)) if side == "right" else slice(longest - len(r), longest) for r in rows]
         for i, (row, place) in enumerate(zip(rows, places, strict=True)):
             ids[i, place], mask[i, place] = torch.from_numpy(row), 1
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        # A base that does not count padding numbers the others itself.
+        positions = {} if uncounted is not None else {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
         with self.selected(subject), torch.no_grad():
-            out = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+            out = self.model(input_ids=ids, attention_mask=mask, use_cache=False, **positions)
         return [out.logits[i, place].float().numpy() for i, place in enumerate(places)]
 
     @contextlib.contextmanager
