@@ -8,7 +8,7 @@
     python -m benchmarks.faults --part held-out
 
 A fault is *caught* if a check fails or warns that is not so without it, and *named* if that is a check meant for it.
-Held-out faults (tests/testing/planted_held_out.py and planted_second.py) were written without looking at the checks.
+Held-out faults (tests/testing/planted_held_out.py, planted_second.py and planted_third.py) were written without looking at the checks.
 A folder that cannot be opened at all counts as caught and named: the run ends with that reason.
 Prints the tables of kinds, the misses, and one JSON line.
 """
@@ -70,6 +70,13 @@ from tests.testing.planted_second import (
     SECOND_GRAPH_FAULTS,
     SECOND_MODEL_FAULTS,
     SECOND_SESSION_FAULTS,
+)
+from tests.testing.planted_third import (
+    THIRD_ADAPTER_FAULTS,
+    THIRD_EXPORT_FAULTS,
+    THIRD_GRAPH_FAULTS,
+    THIRD_MODEL_FAULTS,
+    THIRD_SESSION_FAULTS,
 )
 from tests.tiny import VOCAB, lora, save_adapter, save_base
 
@@ -271,6 +278,15 @@ SECOND: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     ),
     (functools.partial(export_trials, faults=SECOND_EXPORT_FAULTS), ("lora", "lora on qwen3")),
 )
+THIRD: tuple[tuple[Trials, tuple[str, ...]], ...] = (
+    (functools.partial(adapter_trials, faults=THIRD_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
+    (functools.partial(model_trials, faults=THIRD_MODEL_FAULTS), ("lora", "lora on gpt2")),
+    (
+        functools.partial(graph_trials, faults=THIRD_GRAPH_FAULTS, running=THIRD_SESSION_FAULTS),
+        ("lora", "lora on qwen3"),
+    ),
+    (functools.partial(export_trials, faults=THIRD_EXPORT_FAULTS), ("lora", "lora on qwen3")),
+)
 
 
 def plant(groups: tuple[tuple[Trials, tuple[str, ...]], ...], *, quick: bool) -> list[Trial]:
@@ -306,13 +322,13 @@ def main() -> None:
     """Run, and print table, misses and one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one architecture, three sound models")
-    parser.add_argument("--part", choices=("known", "held-out", "second", "sound"), help="only this part")
+    parser.add_argument("--part", choices=("known", "held-out", "second", "third", "sound"), help="only this part")
     options = parser.parse_args()
     start = time.perf_counter()
     warnings.simplefilter("ignore")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     summary: dict[str, Any] = {}
-    for part, groups in (("known", KNOWN), ("held-out", HELD_OUT), ("second", SECOND)):
+    for part, groups in (("known", KNOWN), ("held-out", HELD_OUT), ("second", SECOND), ("third", THIRD)):
         if options.part in (None, part):
             trials = plant(groups, quick=options.quick)
             print(f"{part}\n{table(trials)}")

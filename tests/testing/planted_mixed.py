@@ -165,7 +165,9 @@ def _answers_swapped(run: Any, first: int, ids: Any, at: Any, adapters: list[str
 
 def _rounded(run: Any, first: int, ids: Any, at: Any, adapters: list[str]) -> Any:
     logits = run(first, ids, at, adapters)
-    return (np.ascontiguousarray(logits).view(np.uint32) & 0xFFFF0000).view(np.float32) if _is_mixed(adapters) else logits
+    return (
+        (np.ascontiguousarray(logits).view(np.uint32) & 0xFFFF0000).view(np.float32) if _is_mixed(adapters) else logits
+    )
 
 
 def _neighbours_heard(run: Any, first: int, ids: Any, at: Any, adapters: list[str]) -> Any:

@@ -98,7 +98,9 @@ def _whole_model(loaded: Tensors) -> None:
 def _mlx(loaded: Tensors) -> Tensors:
     """Name and lay out the factors as MLX does."""
     return {
-        re.sub(r"lora_([AB])\.weight", lambda m: f"lora_{m[1].lower()}", k.removeprefix("base_model.model.")): v.T.copy()
+        re.sub(
+            r"lora_([AB])\.weight", lambda m: f"lora_{m[1].lower()}", k.removeprefix("base_model.model.")
+        ): v.T.copy()
         for k, v in loaded.items()
     }
 
@@ -120,7 +122,7 @@ def _fused(loaded: Tensors) -> None:
         parts = [loaded.pop(key.replace("q_proj", f"{n}_proj")) for n in "qkv"]
         loaded[key.replace("q_proj", "qkv_proj")] = np.concatenate(parts)
         a = key.replace("lora_B", "lora_A")
-        first = [loaded.pop(a.replace("q_proj", f"{n}_proj")) for n in "qkv"][0]
+        first, _, _ = (loaded.pop(a.replace("q_proj", f"{n}_proj")) for n in "qkv")
         loaded[a.replace("q_proj", "qkv_proj")] = first
 
 
@@ -170,7 +172,9 @@ def _quantised_base(folder: Path) -> None:
     path.mkdir(exist_ok=True)
     recorded = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
     quantised = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
-    (path / "config.json").write_text(json.dumps({**json.loads((Path(recorded) / "config.json").read_text()), **quantised}))
+    (path / "config.json").write_text(
+        json.dumps({**json.loads((Path(recorded) / "config.json").read_text()), **quantised})
+    )
     config(base_model_name_or_path=str(path))(folder)
 
 
@@ -269,7 +273,9 @@ def _trains_the_other(reference: Reference) -> None:
     for layer in adapted(reference):
         forward = layer.forward
 
-        def both(x: torch.Tensor, *args: Any, layer: Any = layer, forward: Any = forward, **kwargs: Any) -> torch.Tensor:
+        def both(
+            x: torch.Tensor, *args: Any, layer: Any = layer, forward: Any = forward, **kwargs: Any
+        ) -> torch.Tensor:
             other = layer.lora_B["two"](layer.lora_A["two"](x))
             return forward(x, *args, **kwargs) + other - other.detach()
 
