@@ -38,10 +38,12 @@ from QEfficient import testing
 from QEfficient.contract import Manifest
 from QEfficient.errors import ArtifactError, UnsupportedError
 from QEfficient.peft.loading import load_base
+from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.session import OrtSession
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.checks_graph import CHECKS as GRAPH_CHECKS
+from QEfficient.testing.checks_mixed import CHECKS as MIXED_CHECKS
 from QEfficient.testing.checks_pytorch import CHECKS as PYTORCH_CHECKS
 from QEfficient.testing.graphs import Graph, export_graphs, opened
 from QEfficient.testing.precision import CHECKS as PRECISION_CHECKS
@@ -62,6 +64,7 @@ from tests.testing.planted_held_out import (
     HELD_OUT_SESSION_FAULTS,
     ExportFault,
 )
+from tests.testing.planted_mixed import MIXED_FAULTS, MixedFault
 from tests.testing.planted_pytorch import MODEL_FAULTS, ModelFault
 from tests.testing.planted_rounded import ROUNDED_FAULTS
 from tests.testing.planted_second import (
@@ -214,6 +217,24 @@ def rounded_trials(case: str, root: Path, faults: tuple[GraphFault, ...] = ROUND
             yield judge(precision, fault.name, case, fault.checks, before, _ask_rounded(candidate))
 
 
+def mixed_trials(case: str, root: Path) -> Iterator[Trial]:
+    """Plant every fault of a mixed batch into the engine that runs it."""
+    reference = _loaded(root, case)
+    graph = export_graphs(reference, ("one", "two"), root / "graph")[0]
+    with opened(Stage.PROGRAM, graph, reference) as sound:
+        before = _flagged(_ask(MIXED_CHECKS, Stage.PROGRAM, sound))
+        for fault in MIXED_FAULTS:
+
+            def planted(*args: Any, fault: MixedFault = fault, **kwargs: Any) -> Engine:
+                engine = Engine(*args, **kwargs)
+                fault.plant(engine)
+                return engine
+
+            candidate = dataclasses.replace(sound, make_engine=planted, mixed={})
+            found = _ask(MIXED_CHECKS, Stage.PROGRAM, candidate)
+            yield judge("mixed", fault.name, case, fault.checks, before, found)
+
+
 def _ask_rounded(candidate: Candidate) -> list[CheckResult]:
     random = np.random.default_rng(0)
     rows = [Row(random.integers(0, VOCAB, 32), 8) for _ in range(8)]
@@ -259,6 +280,7 @@ KNOWN: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     (model_trials, MODEL_CASES),
     (graph_trials, GRAPH_CASES),
     (rounded_trials, GRAPH_CASES),
+    (mixed_trials, GRAPH_CASES),
 )
 HELD_OUT: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     (functools.partial(adapter_trials, faults=HELD_OUT_ADAPTER_FAULTS), ("lora", "lora on qwen3")),

@@ -5,6 +5,7 @@ The prefill here is written from the graph's contract alone, so that a fault in 
 in the graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from QEfficient.contract import BASE
+from QEfficient.runtime.engine import Engine
 from QEfficient.testing.compare import Difference, Logits, difference
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Stage
@@ -55,6 +57,9 @@ class Candidate:
         broken: Why an adapter that lies in the graph folder cannot be used.
         load_seconds: How long it took to open the folder and bind the adapters.
         has_base: It can run without an adapter.
+        compile_mixed: Compiles the graph to a program that mixes adapters, if it can.
+        make_engine: Opens that program to serve.
+        mixed: What came of mixed batches, by the adapters in them.
     """
 
     stage: Stage
@@ -67,6 +72,9 @@ class Candidate:
     broken: dict[str, str] = field(default_factory=dict)
     load_seconds: float = 0.0
     has_base: bool = True
+    compile_mixed: Callable[[], Path] | None = None
+    make_engine: Callable[..., Engine] = Engine
+    mixed: dict[tuple[str, ...], Any] = field(default_factory=dict)
     _seen: dict[tuple[str, str], Difference] = field(default_factory=dict)
 
     @property

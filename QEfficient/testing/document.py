@@ -21,6 +21,7 @@ _ABOUT = {
     Stage.ADAPTER: "The adapter's folder against the base's structure. No model runs.",
     Stage.PYTORCH: "The adapted model in PyTorch + PEFT, float32.",
     Stage.GRAPH: "The exported graph in ONNX Runtime, against PyTorch + PEFT in float32. `program.*` asks the same of the compiled program.",
+    Stage.PROGRAM: "What the graph is asked, and besides:",
     Stage.QUALITY: "`loss` and `answers` with `--eval`, `precision` with `--precision` besides, `tasks` with `--lm-eval`.",
     Stage.EFFICIENCY: "With a budget.",
     Stage.BASELINE: "With `--baseline`.",
@@ -40,6 +41,8 @@ def checks() -> str:
         "What PEFT itself does differently (merging LoRA on tied embeddings, for example) is skipped or warned of with that explanation.",
         f"A package adds checks of its own through the entry point group `{GROUP}`: an iterable of pairs of a stage and a `Check`.",
     ]
+    shared = {c.name for c in found[Stage.GRAPH]}
+    found[Stage.PROGRAM] = tuple(c for c in found[Stage.PROGRAM] if c.name not in shared)
     for stage, about in _ABOUT.items():
         lines += ["", f"## {stage.value}", "", about, "", "| check | question | passes if | why |", "|---|---|---|---|"]
         lines += [f"| `{stage.value}.{c.name}` | {c.title} | {_limit(c)} | {_cell(c.reason)} |" for c in found[stage]]

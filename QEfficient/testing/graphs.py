@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Graphs and programs to be tested: exported here or found in a folder, opened with their adapters."""
 
+import functools
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -67,9 +68,10 @@ def opened(stage: Stage, graph: Graph, reference: Reference, precision: str = "f
     answers; what is compiled from it goes to a temporary folder.
     """
     with ExitStack() as stack:
-        folder = graph.folder
+        folder, mixed = graph.folder, None
         if stage is Stage.PROGRAM:
             folder = _compile(folder, stack, precision)
+            mixed = functools.partial(_compile, graph.folder, stack, precision, mixed=True)
         if missing := [n for n in Manifest.read(folder).files if not (folder / n).exists()]:
             raise ArtifactError(f"{folder} is not whole: {', '.join(missing)} is missing; export again")
         exported, broken = _exported(graph)
@@ -79,16 +81,27 @@ def opened(stage: Stage, graph: Graph, reference: Reference, precision: str = "f
             session.load_adapter(name, exported.get(name, tensors))
         seconds = time.perf_counter() - begin
         names = tuple(graph.fitted)
-        yield Candidate(stage, folder, session, reference, exported, graph.fitted, names, broken, seconds)
+        yield Candidate(
+            stage,
+            folder,
+            session,
+            reference,
+            exported,
+            graph.fitted,
+            names,
+            broken,
+            seconds,
+            compile_mixed=mixed,
+        )
 
 
-def _compile(folder: Path, stack: ExitStack, precision: str) -> Path:
+def _compile(folder: Path, stack: ExitStack, precision: str, *, mixed: bool = False) -> Path:
     try:
         verify_files(folder, Manifest.read(folder).files, full=True)
     except ArtifactError:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="qefficient-")))
-        return compile_graph(folder, precision=precision, out=out, verify=False)
-    return compile_graph(folder, precision=precision)
+        return compile_graph(folder, precision=precision, mixed=mixed, out=out, verify=False)
+    return compile_graph(folder, precision=precision, mixed=mixed)
 
 
 def _fit(reference: Reference, name: str, folder: Path) -> Tensors:

@@ -10,7 +10,16 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.options import suggest
-from QEfficient.testing import baseline, checks_adapter, checks_graph, checks_pytorch, harness, precision, quality
+from QEfficient.testing import (
+    baseline,
+    checks_adapter,
+    checks_graph,
+    checks_mixed,
+    checks_pytorch,
+    harness,
+    precision,
+    quality,
+)
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 
@@ -34,7 +43,7 @@ def catalog() -> dict[Stage, tuple[Check[Any], ...]]:
         Stage.ADAPTER: (*checks_adapter.CHECKS, *checks_adapter.SET_CHECKS),
         Stage.PYTORCH: checks_pytorch.CHECKS,
         Stage.GRAPH: checks_graph.CHECKS,
-        Stage.PROGRAM: checks_graph.CHECKS,
+        Stage.PROGRAM: (*checks_graph.CHECKS, *checks_mixed.CHECKS),
         Stage.QUALITY: (*quality.CHECKS, *precision.CHECKS, *harness.CHECKS),
         Stage.BASELINE: baseline.CHECKS,
     }
