@@ -2,7 +2,8 @@
 """Fine-tuning next to the bare ``Trainer`` and TRL: tokens per second and peak memory, each in a process of its own.
 
 A Llama of Qwen2.5-0.5B's width cut to some layers, LoRA on all seven projections, random text. "equal" are examples of
-one length; "mixed" are mostly short ones, where padding costs. Speed is that of the median step times the real tokens of
+one length; "mixed" are mostly short ones, where padding costs. "kept" is the bare ``Trainer`` with the allocator set as
+ours sets it (:mod:`QEfficient.finetune.allocator`). Speed is that of the median step times the real tokens of
 an average step. Where other jobs share the machine, compare the processor time for a thousand tokens instead: it counts
 our own work only. Prints a table, then one JSON line.
 
@@ -28,7 +29,8 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 LENGTH, BATCH, VOCAB, RANK, WARM_UP = 256, 4, 32000, 16, 2
-RUNS = ("bare/equal/float32", "ours/equal/float32", "ours/equal/bfloat16", "bare/mixed/float32", "ours/mixed/float32")
+RUNS: tuple[str, ...] = ("bare/equal/float32", "kept/equal/float32", "ours/equal/float32", "ours/equal/bfloat16")
+RUNS += ("bare/mixed/float32", "kept/mixed/float32", "ours/mixed/float32")
 RUNS += ("trl/equal/float32",) if importlib.util.find_spec("trl") else ()
 
 
@@ -69,8 +71,10 @@ def pairs(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return what is compared with what."""
     wanted = [
         ("ours to bare Trainer, equal lengths", "ours/equal/float32", "bare/equal/float32"),
+        ("ours to bare Trainer with memory kept", "ours/equal/float32", "kept/equal/float32"),
         ("ours to TRL's SFTTrainer, equal lengths", "ours/equal/float32", "trl/equal/float32"),
         ("ours packed to bare Trainer, mixed lengths", "ours/mixed/float32", "bare/mixed/float32"),
+        ("the same to bare Trainer with memory kept", "ours/mixed/float32", "kept/mixed/float32"),
         ("bfloat16 to float32", "ours/equal/bfloat16", "ours/equal/float32"),
     ]
     return [pair for pair in wanted if pair[1] in found and pair[2] in found]
@@ -98,7 +102,7 @@ def measure(run: str, steps: int, layers: int, threads: int) -> dict[str, float]
     examples = [Example(ids, list(ids)) for ids in rows]
     model = make_model(layers, getattr(torch, dtype))
     with tempfile.TemporaryDirectory() as folder:
-        train = {"ours": ours, "bare": bare, "trl": trl}[who]
+        train = {"ours": ours, "bare": bare, "kept": kept, "trl": trl}[who]
         times, tokens = train(model, examples, steps + WARM_UP, Path(folder), packing=data == "mixed")
     wall, cpu = ([b[i] - a[i] for a, b in itertools.pairwise(times[WARM_UP - 1 :])] for i in (0, 1))
     return {
@@ -138,6 +142,7 @@ def ours(
     """Train as ``qefficient finetune`` does."""
     from transformers import PrinterCallback
 
+    from QEfficient.finetune.allocator import memory_kept
     from QEfficient.finetune.batches import Collator, Rows
     from QEfficient.finetune.config import TrainConfig
     from QEfficient.finetune.trainer import AdapterTrainer
@@ -151,7 +156,8 @@ def ours(
     )
     rows = Rows(examples, BATCH, context_length=LENGTH if packing else 0)
     trainer = AdapterTrainer(config, model, rows, Collator(0, packed=packing), [], root=folder, made_by={})
-    return _train(trainer, PrinterCallback)
+    with memory_kept():
+        return _train(trainer, PrinterCallback)
 
 
 def bare(
@@ -169,6 +175,16 @@ def bare(
     arguments = TrainingArguments(**_arguments(steps, folder))
     data = [{"input_ids": e.input_ids, "labels": e.labels, "attention_mask": [1] * len(e.input_ids)} for e in examples]
     return _train(Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate), PrinterCallback)
+
+
+def kept(
+    model: Any, examples: Any, steps: int, folder: Path, *, packing: bool
+) -> tuple[list[tuple[float, float]], int]:
+    """Train as :func:`bare` does, with the allocator set as in :func:`ours`."""
+    from QEfficient.finetune.allocator import memory_kept
+
+    with memory_kept():
+        return bare(model, examples, steps, folder, packing=packing)
 
 
 def trl(model: Any, examples: Any, steps: int, folder: Path, *, packing: bool) -> tuple[list[tuple[float, float]], int]:

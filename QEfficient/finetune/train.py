@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 
 from QEfficient.errors import ArtifactError, ConfigError
 from QEfficient.finetune import checkpoints, preflight
+from QEfficient.finetune.allocator import memory_kept
 from QEfficient.finetune.batches import ClassCollator, Collator, Rows
 from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
@@ -84,7 +85,7 @@ def train(
     refuse_leftovers(config)
     console = console or Console(stderr=True)
     metrics: dict[str, float] = {}
-    with _use_cache_restored(model):
+    with memory_kept(), _use_cache_restored(model):
         trainer, checkpoint = _prepared(config, model, tokenizer, train_set, val_set or [], len(classes), console)
         if val_set:
             before = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))

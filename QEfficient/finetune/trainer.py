@@ -17,6 +17,7 @@ from QEfficient.finetune.batches import ClassCollator, Collator, EpochOrder, Row
 from QEfficient.finetune.config import TrainConfig
 from QEfficient.finetune.data import Example
 from QEfficient.finetune.evaluation import class_loss, score
+from QEfficient.finetune.learned import chooses_logits, learned_only
 from QEfficient.finetune.sharding import ShardedCallback, choose_fsdp
 
 
@@ -44,6 +45,7 @@ class AdapterTrainer(Trainer):
         arguments = training_arguments(config, len(rows), root)
         self.root, self.made_by, self._config, self._val_set = root, made_by, config, val_set
         self._classes = classes
+        self._chooses = isinstance(collator, Collator) and chooses_logits(model, rows, collator)
         self._aside, self._pad_token_id = root / ".tmp", collator.pad_token_id
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.order = EpochOrder(rows, per_step(config), config.seed, by_length=config.group_by_length)
@@ -74,9 +76,11 @@ class AdapterTrainer(Trainer):
         return self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else None
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Drop the mask of packed rows: transformers separates them by their positions, but only without a mask."""
+        """Compute no logits for nothing; drop the mask of packed rows, which transformers separates by positions only without one."""
         if "position_ids" in inputs:
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if self._chooses:
+            inputs = learned_only(inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

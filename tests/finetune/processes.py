@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.finetune.preload"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.finetune.preload"])
 
 
 class Command:
@@ -20,7 +20,7 @@ class Command:
     def __init__(self, options: dict[str, Any], output: Path, environment: dict[str, str] | None = None) -> None:
         self.output = output
         arguments = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
-        self._process = _context.Process(target=_run, args=(arguments, str(output), environment or {}))
+        self._process = CONTEXT.Process(target=_run, args=(arguments, str(output), environment or {}))
         self._process.start()
 
     def printed(self) -> str:
