@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from QEfficient.errors import AdapterMismatchError
+from QEfficient.errors import AdapterMismatchError, ArtifactError
 from QEfficient.peft.adapters import Adapter, resolve
 
 Shape = tuple[int, ...]
@@ -76,8 +76,19 @@ def read_adapter(name: str, path: str | Path, base: str, base_config: Any) -> Ad
     """
     folder = resolve(path)
     adapter = Adapter.load(folder, name)
+    _refuse_wrong_types(name, adapter.config)
     expected, own = expected_tensors(base_config, adapter.config, name)
     return AdapterFiles(folder, adapter.config, adapter.tensors, expected, own, base, base_config)
+
+
+def _refuse_wrong_types(name: str, config: Any) -> None:
+    """Refuse numbers that are none: what PEFT makes of them names neither field nor value."""
+    for field in ("r", "lora_alpha", "lora_dropout"):
+        value = getattr(config, field, 0)
+        if not isinstance(value, int | float):
+            raise ArtifactError(
+                f"adapter {name!r} cannot be used: adapter_config.json says {field} {value!r}, which must be a number; correct it"
+            )
 
 
 def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str, Shape], dict[str, Shape]]:

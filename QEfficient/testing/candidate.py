@@ -167,10 +167,11 @@ def _chunked(session: Session, workload: Workload) -> list[Position]:
 
 
 def _decode(session: Session, workload: Workload) -> list[Position]:
-    """The longest prompt, then one forced token at a time."""
+    """A prompt of one token, and the longest prompt, then one forced token at a time."""
     session.allocate(1, workload.ctx_len)
+    single = prefill(session, [workload.prompts[0][:1]])[0]
     prefill(session, workload.prompts[:1])
-    return _steps(session, workload, rows=1)
+    return single + _steps(session, workload, rows=1)
 
 
 def _ragged(session: Session, workload: Workload) -> list[Position]:

@@ -36,7 +36,7 @@ def _ask_base(files: AdapterFiles, subject: str) -> Finding:
     facts |= {"revision": revision} if revision else {}
     if not recorded or not files.base:
         return skipped("The adapter does not record its base.")
-    ours, theirs = _folder(files.base), _folder(recorded)
+    ours, theirs = base_folder(files.base), base_folder(recorded)
     if theirs is not None and ours is not None and theirs != ours:
         return _compare(ours, theirs, recorded, facts)
     if _same_name(recorded, files.base) and _revision_fits(revision, ours):
@@ -90,7 +90,8 @@ def _rows(path: Path, name: str) -> list[Any]:
         return values
 
 
-def _folder(base: str) -> Path | None:
+def base_folder(base: str) -> Path | None:
+    """Return where a base lies on this machine, given a folder or a Hub id; None if it does not."""
     found = checkpoint_folder(Path(base).expanduser() if Path(base).expanduser().is_dir() else base)
     return found.resolve() if found is not None and (found / "config.json").is_file() else None
 

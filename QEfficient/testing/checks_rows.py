@@ -15,6 +15,8 @@ from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import counted
 
 _FACTOR = re.compile(r"\.lora_(A|B)\.weight$")
+_COARSE = re.compile(r"I|U|BOOL|F[48]")
+"""Types of safetensors that hold a trained factor only roughly."""
 _SMALLEST = 8
 _DEPENDENT = 1e-9
 """Smallest eigenvalue of the products of a random start's rows, each of length 1: float16's rounding alone leaves 1e-7."""
@@ -38,10 +40,10 @@ def _ask_rows(files: AdapterFiles, subject: str) -> Finding:
 
 
 def _types(files: AdapterFiles, keys: list[str]) -> dict[str, str]:
-    """Say which tensors the file holds as whole numbers; what was read of it has been made float32."""
+    """Say which tensors the file holds as whole numbers or in 8 bits and less; what was read of it has been made float32."""
     with safe_open(str(files.path / "adapter_model.safetensors"), framework="np") as f:
         types = {k: str(f.get_slice(k).get_dtype()) for k in set(f.keys()) & set(keys)}
-    return {k: f"is saved as {t}" for k, t in types.items() if t[0] in "IUB" and not t.startswith("BF")}
+    return {k: f"is saved as {t}" for k, t in types.items() if _COARSE.match(t)}
 
 
 def _wrong(tensor: np.ndarray) -> str | None:

@@ -36,18 +36,28 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
     more: dict[str, Any] = {"task_ids": torch.zeros(1, dtype=torch.int64)} if holds_tasks else {}
     if (uncounted := uncounted_token(reference.model)) is not None:
         more["position_ids"] = torch.arange(len(row))[None] + uncounted + 1
-    new = _generated(reference, subject, row, **more)
+    new, scores = _generated(reference, subject, row, **more)
     if not len(new):
         return failed("generate() returns no new token.")
     logits = reference.logits(subject, np.concatenate([row, new[:-1]]))[-len(new) :].astype(np.float64)
     lead = (logits.max(axis=1) - logits[np.arange(len(new)), new]) / np.maximum(np.ptp(logits, axis=1), 1e-30)
     worst = float(lead.max())
     if worst <= 2 * LOGITS_TOLERANCE:
-        if uncounted is not None and subject == BASE and not np.array_equal(_generated(reference, subject, row), new):
+        if (
+            uncounted is not None
+            and subject == BASE
+            and not np.array_equal(_generated(reference, subject, row)[0], new)
+        ):
             text = (
                 f"generate() of transformers numbers tokens from 0, the forward pass of this base from {uncounted + 1}"
             )
             return Finding(Outcome.WARN, f"{text}: give generate() position_ids, or its tokens are others.", worst)
+        apart = float((np.abs(scores - logits).max(axis=1) / np.maximum(np.ptp(logits, axis=1), 1e-30)).max())
+        if not apart <= LOGITS_TOLERANCE:
+            text = f"The {len(new)} tokens of generate() are those of the forward pass, the logits behind them differ by {number(apart)} of the range"
+            return Finding(
+                Outcome.WARN, f"{text}: what it keeps in its cache is not what the forward pass sees.", apart
+            )
         return passed(f"The {len(new)} tokens of generate() are those of the forward pass.", worst)
     at = int(lead.argmax())
     text = f"Token {at} of generate() is {new[at]}, the forward pass puts {int(logits[at].argmax())} above it by {number(worst)} of the range"
@@ -57,7 +67,8 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
     return failed(f"{text}. Does what generates use the adapted model? Does the adapter work with a cache?", worst)
 
 
-def _generated(reference: Reference, subject: str, row: Tokens, **more: Any) -> Tokens:
+def _generated(reference: Reference, subject: str, row: Tokens, **more: Any) -> tuple[Tokens, Logits]:
+    """Return the new tokens and the logits ``(tokens, V)`` that they were chosen by."""
     with reference.selected(subject) as model, _plain_settings(model), torch.no_grad():
         made = model.generate(
             input_ids=torch.from_numpy(row)[None],
@@ -65,10 +76,12 @@ def _generated(reference: Reference, subject: str, row: Tokens, **more: Any) -> 
             max_new_tokens=_NEW,
             do_sample=False,
             pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
             **more,
         )
-    tokens: Tokens = made[0].numpy()[len(row) :]
-    return tokens
+    tokens: Tokens = made.sequences[0].numpy()[len(row) :]
+    return tokens, np.concatenate([one.float().numpy() for one in made.logits])
 
 
 @contextlib.contextmanager

@@ -178,7 +178,7 @@ def _quantised_base(folder: Path) -> None:
     config(base_model_name_or_path=str(path))(folder)
 
 
-def _tokenizers(
+def paired_tokenizers(
     *,
     base: dict[str, Any] | None = None,
     own: dict[str, Any] | None = None,
@@ -242,10 +242,10 @@ THIRD_ADAPTER_FAULTS = (
     Fault("saved in float8", ("adapter.rows", "adapter.files"), _eight_bits, lora=True),
     Fault("recorded base is quantised", ("adapter.base",), _quantised_base),
     Fault("another token ends generation", ("adapter.tokenizer",), _stops),
-    Fault("tokenizer leaves the first token out", ("adapter.tokenizer",), _tokenizers(base_settings={"add_bos_token": True}, own_settings={"add_bos_token": False})),
-    Fault("tokenizer lowers letters", ("adapter.tokenizer",), _tokenizers(own={"normalizer": {"type": "Lowercase"}})),
-    Fault("tokenizer splits words otherwise", ("adapter.tokenizer",), _tokenizers(own={"pre_tokenizer": _SPLIT})),
-    Fault("an added token without a trained row", ("adapter.tokenizer",), _tokenizers(own={"added_tokens": [_TOOL]})),
+    Fault("tokenizer leaves the first token out", ("adapter.tokenizer",), paired_tokenizers(base_settings={"add_bos_token": True}, own_settings={"add_bos_token": False})),
+    Fault("tokenizer lowers letters", ("adapter.tokenizer",), paired_tokenizers(own={"normalizer": {"type": "Lowercase"}})),
+    Fault("tokenizer splits words otherwise", ("adapter.tokenizer",), paired_tokenizers(own={"pre_tokenizer": _SPLIT})),
+    Fault("an added token without a trained row", ("adapter.tokenizer",), paired_tokenizers(own={"added_tokens": [_TOOL]})),
 )  # fmt: skip
 """Faults of an adapter's folder."""
 

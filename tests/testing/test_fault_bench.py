@@ -13,9 +13,12 @@ from QEfficient.testing.report import Stage
 from tests.testing.planted_adapters import ADAPTER_FAULTS
 from tests.testing.planted_graphs import GRAPH_FAULTS, SESSION_FAULTS, SessionFault
 from tests.testing.planted_pytorch import MODEL_FAULTS
+from tests.testing.planted_third import THIRD_SESSION_FAULTS
+
+SINGLE = [f for f in THIRD_SESSION_FAULTS if f.name == "prompt of one token at the wrong place"]
 
 
-@pytest.mark.parametrize("fault", SESSION_FAULTS, ids=lambda f: f.name)
+@pytest.mark.parametrize("fault", [*SESSION_FAULTS, *SINGLE], ids=lambda f: f.name)
 def test_fault_of_a_session_is_named(graph: Graph, reference: Reference, fault: SessionFault):
     """Each fault of running is named by a check that is meant for it."""
     names = {c.split(".")[1] for c in fault.checks}

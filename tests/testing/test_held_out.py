@@ -6,6 +6,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from tokenizers import Tokenizer
 from transformers import AutoConfig, BartConfig, MambaConfig
 
 from QEfficient import testing
@@ -22,6 +23,7 @@ from tests.testing.planted_adapters import Fault, config
 from tests.testing.planted_held_out import HELD_OUT_ADAPTER_FAULTS
 from tests.testing.planted_pytorch import MODEL_FAULTS, ModelFault
 from tests.testing.planted_second import SECOND_ADAPTER_FAULTS, SECOND_MODEL_FAULTS
+from tests.testing.planted_third import THIRD_ADAPTER_FAULTS, THIRD_MODEL_FAULTS, paired_tokenizers
 from tests.tiny import VOCAB, lora, save_adapter, save_base
 
 FLAGGED = (Outcome.FAIL, Outcome.WARN)
@@ -29,7 +31,9 @@ USES = ("pytorch.weighted", "pytorch.gradients", "pytorch.generate")
 
 
 @pytest.mark.parametrize(
-    "fault", [f for f in (*HELD_OUT_ADAPTER_FAULTS, *SECOND_ADAPTER_FAULTS) if f.checks], ids=lambda f: f.name
+    "fault",
+    [f for f in (*HELD_OUT_ADAPTER_FAULTS, *SECOND_ADAPTER_FAULTS, *THIRD_ADAPTER_FAULTS) if f.checks],
+    ids=lambda f: f.name,
 )
 def test_fault_of_a_folder_is_named(folders: Folders, tmp_path: Path, fault: Fault):
     """Each is flagged by a check that is meant for it."""
@@ -40,6 +44,44 @@ def test_fault_of_a_folder_is_named(folders: Folders, tmp_path: Path, fault: Fau
     fault.plant(folder)
     found = examine("one", folder, str(base), AutoConfig.from_pretrained(base), Selection())
     assert {r.name for r in found.results if r.outcome in FLAGGED} & set(fault.checks)
+
+
+def test_a_tokenizer_that_makes_the_same_tokens_passes(folders: Folders, tmp_path: Path):
+    """What a tokenizer's file says of lengths and padding, and in another order, makes no other tokens."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    base = Path(shutil.copytree(folders.base, tmp_path / "base"))
+    config(base_model_name_or_path=str(base))(folder)
+    paired_tokenizers()(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=8, pad_id=0)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    assert (folder / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes()
+    only = Selection(only=("adapter.tokenizer",))
+    found = examine("one", folder, str(base), AutoConfig.from_pretrained(base), only).results[0]
+    assert found.outcome is Outcome.PASS, found.message
+
+
+def test_a_number_that_is_none_is_named(folders: Folders, tmp_path: Path):
+    """The message names field and value of what PEFT would stumble over."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    config(lora_alpha=[8])(folder)
+    found = examine("one", folder, str(folders.base), AutoConfig.from_pretrained(folders.base), Selection())
+    assert "adapter_config.json says lora_alpha [8], which must be a number; correct it" in found.results[0].message
+
+
+def test_generate_with_a_damaged_cache_is_named(tmp_path: Path):
+    """Tokens that are right by chance do not hide a cache that is wrong: the logits behind them are compared, too."""
+    base = save_base(tmp_path / "base", "gpt2")
+    targets = ["c_attn", "c_proj", "c_fc"]
+    made = Reference(load_base(base, attn_implementation="eager"), make_workload(VOCAB, 256, greedy_tokens=8))
+    made.attach("one", save_adapter(base, tmp_path / "one", config=lora(target_modules=targets)))
+    check = next(c for c in CHECKS if c.name == "generate")
+    assert check.perform(Stage.PYTORCH, made, "one").outcome is Outcome.PASS
+    next(f for f in THIRD_MODEL_FAULTS if f.name == "generation forgets the first token").plant(made)
+    found = check.perform(Stage.PYTORCH, made, "one")
+    assert found.outcome is Outcome.WARN
+    assert "the logits behind them differ by" in found.message
 
 
 NEW = [f for f in SECOND_MODEL_FAULTS if f.name == "deleting does nothing"]

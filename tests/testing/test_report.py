@@ -104,6 +104,13 @@ def test_html_is_one_file_that_says_what_is_wrong():
     assert html.count('class="card finding fail"') == 1
 
 
+def test_html_fits_a_phone():
+    """Names of tensors break where the page ends, and a card that is alone in its row is no wider than the others."""
+    css = render_html.render(sample()).split("<style>")[1].split("</style>")[0]
+    assert "p, h3, summary, .soft { overflow-wrap: anywhere; }" in css
+    assert "grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr))" in css
+
+
 def test_html_links_each_cell_to_its_check():
     """Every link of the page leads to an element of the page."""
     html = render_html.render(sample(30))
