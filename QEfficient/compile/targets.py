@@ -4,7 +4,6 @@
 import hashlib
 import importlib.metadata
 import platform
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, 
 from QEfficient.compile.attention import FuseCacheAttention
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
-from QEfficient.compile.mixed import MaskAdapterRanks
+from QEfficient.compile.mixed import GatherAdapterPieces
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
@@ -106,10 +105,9 @@ class OnnxRuntime:
         model, changed = quantized.apply(model)
         model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
         specs = lowered_specs(model, manifest.adapter)
-        masked = False
+        pieces = GatherAdapterPieces([s.joined or s.name for s in specs if s.bound])
         if mixed:
-            bound = Counter(s.joined or s.name for s in specs if s.bound)
-            model, masked = MaskAdapterRanks(dict(bound)).apply(model)
+            model, _ = pieces.apply(model)
         # Without the large weights, the graph's own file is not worth keeping for the rest.
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)
@@ -118,7 +116,7 @@ class OnnxRuntime:
         options: dict[str, Any] = {
             **manifest.options,
             ONE_ROW_CHUNKS: one_row_chunks,
-            **({MIXED: True} if masked else {}),
+            **({MIXED: pieces.kinds} if pieces.kinds else {}),
         }
         if changed:
             options["quantized"] = quantized.errors

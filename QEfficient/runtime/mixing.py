@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Several adapters side by side along the rank, and the mask that gives each row its own.
+"""Several adapters in one call: cut into pieces of some ranks, and told which row each piece is for.
 
-Ranks are not padded, rows of one adapter share its tensors, ``"base"`` is a row of zeros. Adapters that leave stay where they are, masked
-out, until their place is needed or too much of the room is theirs.
+The modules of a kind (attention, or the first half of the MLP, of all layers) have pieces of those adapters only that change them. What
+is multiplied follows the ranks that are in use: the last piece of an adapter is filled up with zeros, and those of adapters that left
+stay until another needs their room or too much of it is theirs. Rows of one adapter share its pieces, ``"base"`` has none.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,101 +15,164 @@ import numpy.typing as npt
 from QEfficient.contract import ADAPTER_MASK, BASE, AdapterSpec
 
 Array = npt.NDArray[Any]
+Placed = Mapping[str, Array]
+
+PIECE = 16
+"""Ranks of a piece: with fewer, kernels read the matrices more slowly; with more, zeros are read."""
 
 _MOST_UNUSED = 0.25
-"""Share of the ranks that may be of adapters that no row uses, before all are laid out anew: every step multiplies them."""
+"""Share of the pieces that may be of adapters that no row uses, before they are taken out: every step multiplies them."""
+
+_MOST_ROOM = 8
+"""Times the memory of the pieces there are that is kept for more."""
+
+_OF_A, _OF_B = -1, -2
+"""The axis of the rank in ``A`` ``(in, r)`` and ``B`` ``(r, out)``."""
 
 
 class Mixture:
-    """The joined tensors of the adapters in use.
+    """The pieces of the adapters in use.
 
-    Attributes:
-        tensors: What to bind, by input name.
+    Args:
+        specs: The program's adapter tensors.
+        kinds: What the manifest says of a mixed program: the adapter's inputs of each kind of modules, in the order of the mask.
     """
 
-    def __init__(self, specs: Sequence[AdapterSpec]) -> None:
-        self.tensors: dict[str, Array] = {}
-        self._axes = {s.joined or s.name: _rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
-        self._places: dict[str, tuple[int, int]] = {}
-        self._mask: Array = np.zeros((0, 1, 0), np.float32)
+    def __init__(self, specs: Sequence[AdapterSpec], kinds: Sequence[Sequence[str]]) -> None:
+        axes = {s.joined or s.name: _rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
+        self._kinds = [_Pieces({name: axes[name] for name in names}) for names in kinds]
         self._rows: tuple[str, ...] = ()
-        self._ranks = 0
+        self._mask: Array = np.zeros((0, 1, 0), np.float32)
 
-    def hold(self, adapters: Mapping[str, Mapping[str, Array]]) -> bool:
-        """Make room for the placed tensors of these adapters; return whether ``tensors`` are other arrays now."""
-        missing = [name for name in adapters if name not in self._places]
-        unused = self._ranks - sum(self._places[n][1] for n in adapters if n in self._places)
-        for name in missing:
-            rank = adapters[name][ADAPTER_MASK].shape[-1]
-            start = self._free_place(rank, adapters)
-            if start is None:
-                return self._lay_out(adapters)
-            self._places = {n: p for n, p in self._places.items() if n in adapters or not _overlap(p, (start, rank))}
-            self._put(name, adapters[name], start, rank)
-            unused -= rank
-        return self._lay_out(adapters) if unused > _MOST_UNUSED * self._ranks else False
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """What to bind for the adapters' tensors, by input name."""
+        return {name: tensor for pieces in self._kinds for name, tensor in pieces.tensors.items()}
+
+    def hold(self, adapters: Mapping[str, Placed]) -> bool:
+        """Cut the placed tensors of these adapters, if that has not been done; return whether ``tensors`` are others now."""
+        changed = [pieces.hold(adapters) for pieces in self._kinds]
+        self._rows = self._rows if not any(changed) else ()
+        return any(changed)
 
     def forget(self, name: str) -> None:
-        """Let the place of an adapter be used by others."""
-        self._places.pop(name, None)
+        """Let the pieces of an adapter be used by others."""
+        for pieces in self._kinds:
+            pieces.forget(name)
         self._rows = ()
 
     def mask(self, adapters: Sequence[str]) -> tuple[str, Array]:
-        """Return the name of the mask's input, and the mask ``(B, 1, R)`` for rows with these adapters."""
+        """Return the name of the mask's input, and the mask for rows with these adapters: ``(B, places of a piece, pieces)``."""
         if self._rows != tuple(adapters):
-            self._mask = np.zeros((len(adapters), 1, self._ranks), np.float32)
-            for row, name in enumerate(adapters):
-                if name != BASE:
-                    start, rank = self._places[name]
-                    self._mask[row, 0, start : start + rank] = 1
             self._rows = tuple(adapters)
+            owners = [owner for pieces in self._kinds for owner in pieces.owners]
+            most = max(self._rows.count(name) for name in {*self._rows} - {BASE})
+            self._mask = np.zeros((len(adapters), most, len(owners)), np.float32)
+            for row, name in enumerate(self._rows):
+                if name != BASE:
+                    mine = [at for at, owner in enumerate(owners) if owner == name]
+                    self._mask[row, self._rows[:row].count(name), mine] = 1
         return ADAPTER_MASK, self._mask
 
-    def _free_place(self, rank: int, needed: Mapping[str, Any]) -> int | None:
-        taken = sorted(place for name, place in self._places.items() if name in needed)
-        start = 0
-        for begin, length in taken:
-            if begin - start >= rank:
-                return start
-            start = begin + length
-        return start if self._ranks - start >= rank else None
 
-    def _lay_out(self, adapters: Mapping[str, Mapping[str, Array]]) -> bool:
-        ranks = {name: placed[ADAPTER_MASK].shape[-1] for name, placed in adapters.items()}
-        self._ranks, self._places, self._rows = sum(ranks.values()), {}, ()
-        first = next(iter(adapters.values()))
-        for name, axis in self._axes.items():
-            shape = list(first[name].shape)
-            shape[axis] = shape[axis] // next(iter(ranks.values())) * self._ranks
-            self.tensors[name] = np.zeros(shape, first[name].dtype)
-        start = 0
-        for name, placed in adapters.items():
-            self._put(name, placed, start, ranks[name])
-            start += ranks[name]
-        return True
+class _Pieces:
+    """The pieces of one kind of modules.
 
-    def _put(self, name: str, placed: Mapping[str, Array], start: int, rank: int) -> None:
-        """Write an adapter's ranks; a joined tensor has several parts, each with the ranks of all adapters."""
-        for key, axis in self._axes.items():
-            whole, mine = self.tensors[key], placed[key]
-            for part in range(mine.shape[axis] // rank):
-                to = part * self._ranks + start
-                whole[_along(axis, to, rank)] = mine[_along(axis, part * rank, rank)]
-        self._places[name] = (start, rank)
-        self._rows = ()
+    Attributes:
+        owners: The adapter that each piece is of; ``""``: of none.
+    """
+
+    def __init__(self, axes: Mapping[str, int]) -> None:
+        self.owners = [""]  # a call has at least one piece
+        self._axes, self._room = axes, dict[str, Array]()
+        self._known: set[str] = set()  # those that have no pieces here too
+
+    @property
+    def tensors(self) -> dict[str, Array]:
+        """By input, the pieces ``(C, 1, …)``."""
+        return {name: room[: len(self.owners)] for name, room in self._room.items()}
+
+    def hold(self, adapters: Mapping[str, Placed]) -> bool:
+        """Cut what is new; return whether ``tensors`` are other arrays now."""
+        before, room = len(self.owners), dict(self._room)
+        for name in [name for name in adapters if name not in self._known]:
+            self._cut(name, adapters[name], adapters)
+        unused = sum(owner not in adapters for owner in self.owners)
+        if unused > max(1, _MOST_UNUSED * len(self.owners)):
+            self._close_up(adapters)
+        return len(self.owners) != before or any(self._room[n] is not room.get(n) for n in self._room)
+
+    def forget(self, name: str) -> None:
+        """Let the pieces of an adapter be of none."""
+        self._known.discard(name)
+        self.owners = ["" if owner == name else owner for owner in self.owners]
+
+    def _cut(self, name: str, placed: Placed, needed: Mapping[str, Any]) -> None:
+        """Give an adapter pieces, unless it changes none of these modules."""
+        rank = placed[ADAPTER_MASK].shape[-1]
+        changes = any(placed[key].any() for key, axis in self._axes.items() if axis == _OF_B)
+        count = -(-rank // PIECE) if changes else 0
+        self.owners += [""] * (count - sum(owner not in needed for owner in self.owners))
+        free = [at for at, owner in enumerate(self.owners) if owner not in needed]
+        chosen = sorted(free, key=lambda at: self.owners[at] != "")[:count]
+        for owner in {self.owners[at] for at in chosen}:
+            self.forget(owner)
+        self._make_room(placed, rank)
+        for piece, at in enumerate(chosen):
+            self.owners[at] = name
+            for key, axis in self._axes.items():
+                _copy_piece(placed[key], self._room[key][at, 0], axis, rank, piece * PIECE)
+        self._known.add(name)
+
+    def _make_room(self, placed: Placed, rank: int) -> None:
+        """Let there be memory for all pieces."""
+        for key, axis in self._axes.items() if not self._room else ():
+            shape = list(placed[key].shape)
+            shape[axis] = shape[axis] // rank * PIECE
+            self._room[key] = np.zeros((0, 1, *shape), placed[key].dtype)
+        if len(self.owners) > self._size:
+            self._resize()
+
+    def _resize(self) -> None:
+        """Make room for twice as many pieces: the system provides memory when it is first written."""
+        for key, room in self._room.items():
+            self._room[key] = np.zeros((2 * len(self.owners), *room.shape[1:]), room.dtype)
+            kept = min(len(room), len(self.owners))
+            self._room[key][:kept] = room[:kept]
+
+    def _close_up(self, needed: Mapping[str, Any]) -> None:
+        """Forget unused pieces; those at the end take their places."""
+        kept = [at for at, owner in enumerate(self.owners) if owner in needed]
+        holes = [at for at in range(len(kept)) if self.owners[at] not in needed]
+        for at, end in zip(holes, kept[len(kept) - len(holes) :], strict=True):
+            self.owners[at] = self.owners[end]
+            for room in self._room.values():
+                room[at] = room[end]
+        self.owners = self.owners[: len(kept)] or [""]
+        self._known &= set(needed)
+        if self._size > _MOST_ROOM * len(self.owners):
+            self._resize()
+
+    @property
+    def _size(self) -> int:
+        return len(next(iter(self._room.values()), ()))
+
+
+def _copy_piece(source: Array, target: Array, axis: int, rank: int, start: int) -> None:
+    """Copy the ranks from ``start`` on; a joined tensor has several parts, each with all ranks."""
+    count = min(PIECE, rank - start)
+    for part in range(source.shape[axis] // rank):
+        target[_along(axis, part * PIECE, count)] = source[_along(axis, part * rank + start, count)]
+        target[_along(axis, part * PIECE + count, PIECE - count)] = 0
 
 
 def _rank_axis(spec: AdapterSpec) -> int:
-    """Return the axis of the rank in the placed tensor, counted from the end (matrices only)."""
+    """Return the axis of the rank in the placed tensor, counted from the end."""
     if spec.joined:
-        return -2 if spec.columns else -1
+        return _OF_B if spec.columns else _OF_A
     axis = spec.shape.index("rank")
     return (spec.perm.index(axis) if spec.perm else axis) - len(spec.shape)
 
 
 def _along(axis: int, start: int, length: int) -> tuple[Any, ...]:
     return (..., slice(start, start + length), *(slice(None),) * (-axis - 1))
-
-
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < sum(other) and other[0] < sum(one)

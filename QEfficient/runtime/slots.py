@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A session whose rows run with different adapters, and whose calls take some of the rows.
 
-In a mixed program (``MIXED`` of the contract) the adapters of a call stand side by side along the rank, and a mask says which ranks
-count for which row. In any other program a call takes rows of one adapter.
+In a mixed program (``MIXED`` of the contract) the adapters of a call are cut into pieces that are bound together, with the rows that each
+is for. In any other program a call takes rows of one adapter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from QEfficient.contract import BASE, MIXED
+from QEfficient.errors import ArtifactError
 from QEfficient.runtime.mixing import Mixture
 from QEfficient.runtime.session import OrtSession, _bind_input, _count, filled_part
 
@@ -28,8 +29,11 @@ class SlotSession(OrtSession):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.mixed = bool(self.manifest.options.get(MIXED))
-        self._mixture = Mixture(self.manifest.adapter)
+        kinds = self.manifest.options.get(MIXED) or []
+        if not isinstance(kinds, list):
+            raise ArtifactError(f"{self.folder} was compiled by an older version of QEfficient; compile it again.")
+        self.mixed = bool(kinds)
+        self._mixture = Mixture(self.manifest.adapter, kinds)
         self._slot_bindings: dict[tuple[Any, ...], Any] = {}
 
     def run_slots(self, first: int, ids: Array, positions: Array, adapters: Sequence[str]) -> Array:
