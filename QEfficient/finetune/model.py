@@ -161,12 +161,12 @@ def apply_peft(model: Any, train_config: TrainConfig, **kwargs: Any) -> Any:
     """
     if not train_config.use_peft:
         return model
-    if train_config.from_peft_checkpoint is not None:
-        return _continued(model, train_config.from_peft_checkpoint)
     if train_config.quantization != "none":
         prepare: Any = prepare_model_for_kbit_training
         model = prepare(model, use_gradient_checkpointing=False)
         keep_trainable(model)
+    if train_config.from_peft_checkpoint is not None:
+        return _continued(model, train_config.from_peft_checkpoint)
     config = generate_peft_config(train_config, **kwargs)
     with torch.random.fork_rng():
         torch.manual_seed(train_config.seed)

@@ -39,7 +39,7 @@ def keep_trainable(model: Any) -> None:
     """Keep bitsandbytes from packing 4-bit weights for inference when the model is first evaluated on a CPU.
 
     Packed they have no gradient any more (0.50.2, CPUs with AVX512-BF16), and a training that was validated before would go on
-    without learning, without an error.
+    without learning, without an error; widths that are no multiple of 64 cannot be packed at all.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from QEfficient.cloud.finetune import main
 from QEfficient.errors import ConfigError
-from QEfficient.finetune.config import resolve
+from QEfficient.finetune.config import TrainConfig, resolve
+from QEfficient.finetune.model import apply_peft
 from QEfficient.finetune.quantization import quantized
-from tests.tiny import SHAPE, make_base
+from tests.tiny import SHAPE, make_base, save_adapter, save_base
 
 LIBRARIES = {"bnb-4bit": "bitsandbytes", "bnb-8bit": "bitsandbytes", "torchao-int8": "torchao"}
 
@@ -32,6 +33,19 @@ def test_only_a_frozen_base(options: dict[str, Any], tmp_path: Path) -> None:
     """Weights of 4 bits cannot be trained, nor sharded here."""
     with pytest.raises(ConfigError, match="bnb-4bit is for a frozen base"):
         resolve("test", model_name="x", train_file=tmp_path, quantization="bnb-4bit", **options)
+
+
+@pytest.mark.parametrize("continued", [False, True])
+def test_weights_are_not_packed_for_inference(continued: bool, tmp_path: Path) -> None:
+    """Neither under a new adapter nor under one that is trained on: packed weights have no gradient."""
+    base, adapter = save_base(tmp_path / "base"), None
+    if continued:
+        adapter = save_adapter(base, tmp_path / "adapter")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.support_avx512bf16_for_cpu = True  # as bitsandbytes' layers say on CPUs that have it
+    apply_peft(model, TrainConfig(quantization="bnb-4bit", from_peft_checkpoint=adapter))
+    assert layer.support_avx512bf16_for_cpu is False
 
 
 @pytest.mark.slow
