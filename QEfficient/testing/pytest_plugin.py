@@ -35,6 +35,8 @@ def pytest_collection(session: pytest.Session) -> None:
     base, adapters = (session.config.getoption(name) for name in ("--peft-base", "--peft-adapter"))
     if bool(base) != bool(adapters):
         raise pytest.UsageError("--peft-base and --peft-adapter belong together: give both")
+    _adapters(session.config)
+    _skips(session.config)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -44,7 +46,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
     if isinstance(collector, pytest.Session) and collector.config.getoption("--peft-base"):
         report = outcome.get_result()  # type: ignore[attr-defined]
         if report.outcome == "passed":
-            report.result.append(PeftCollector.from_parent(collector, name="peft"))
+            report.result.append(PeftCollector.from_parent(collector, name="peft", nodeid="peft"))
 
 
 class PeftCollector(pytest.Collector):
@@ -91,16 +93,19 @@ class PeftItem(pytest.Item):
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> str:
         """Show the finding rather than our frames."""
+        from QEfficient.errors import QEffError
         from QEfficient.testing.text import judged
 
+        if isinstance(excinfo.value, QEffError):
+            return f"Nothing could be tested: {excinfo.value}"
         if not isinstance(excinfo.value, CheckFailed):
             return str(excinfo.getrepr(style="short"))
         result = excinfo.value.result
         return "\n".join(filter(None, [result.message, judged(result), result.reason]))
 
-    def reportinfo(self) -> tuple[Path, None, str]:
-        """Name the item in summaries."""
-        return Path(str(self.config.rootpath)), None, self.name
+    def reportinfo(self) -> tuple[Path, int, str]:
+        """Name the item in summaries; a warning needs a line, too."""
+        return Path(str(self.config.rootpath)), 0, self.name
 
 
 class CheckFailed(Exception):
@@ -111,7 +116,7 @@ class CheckFailed(Exception):
         self.result = result
 
 
-_REPORT = pytest.StashKey["Report"]()
+_REPORT = pytest.StashKey["Report | Exception"]()
 
 
 def _adapters(config: pytest.Config) -> dict[str, str]:
@@ -121,25 +126,42 @@ def _adapters(config: pytest.Config) -> dict[str, str]:
     return {name: path for name, _, path in pairs}
 
 
-def _report(session: pytest.Session) -> "Report":
-    """Run the test once, with the checks of the selected items."""
-    if _REPORT not in session.stash:
-        from QEfficient.testing.conformance import run
+def _skips(config: pytest.Config) -> dict[str, str]:
+    pairs = [p.partition("=") for p in config.getoption("--peft-skip")]
+    if any(not check or not reason for check, _, reason in pairs):
+        raise pytest.UsageError("--peft-skip takes CHECK=REASON, for example 'pytorch.merge=served unmerged'")
+    return {check: reason for check, _, reason in pairs}
 
-        option = session.config.getoption
-        asked = sorted({i.name.partition("[")[0] for i in session.items if isinstance(i, PeftItem)})
-        skip = dict(tuple(p.split("=", 1)) for p in option("--peft-skip"))
-        session.stash[_REPORT] = run(
-            option("--peft-base"),
-            _adapters(session.config),
-            graph=option("--peft-graph"),
-            report_dir=option("--peft-report"),
-            only=asked,
-            skip=skip,
-            jobs=option("--peft-jobs"),
-            measure_speed=False,
-        )
-    return session.stash[_REPORT]
+
+def _report(session: pytest.Session) -> "Report":
+    """Run the test once, with the checks of the selected items; what cannot be tested is not tried again for the next item."""
+    from QEfficient.errors import QEffError
+
+    if _REPORT not in session.stash:
+        try:
+            session.stash[_REPORT] = _run(session)
+        except QEffError as e:
+            session.stash[_REPORT] = e
+    found = session.stash[_REPORT]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _run(session: pytest.Session) -> "Report":
+    from QEfficient.testing.conformance import run
+
+    option = session.config.getoption
+    return run(
+        option("--peft-base"),
+        _adapters(session.config),
+        graph=option("--peft-graph"),
+        report_dir=option("--peft-report"),
+        only=sorted({i.name.partition("[")[0] for i in session.items if isinstance(i, PeftItem)}),
+        skip=_skips(session.config),
+        jobs=option("--peft-jobs"),
+        measure_speed=False,
+    )
 
 
 @pytest.fixture(scope="session")

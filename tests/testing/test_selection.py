@@ -7,6 +7,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -184,13 +185,44 @@ def test_plugin_makes_an_item_of_each_check(folders: Folders, tmp_path: Path):
     copy = folders.copy(tmp_path / "models")
     config = copy.one / "adapter_config.json"
     config.write_text(config.read_text().replace('"CAUSAL_LM"', '"SEQ_CLS"'))
+    (copy.one / "optimizer.pt").write_bytes(b"0")  # which is a warning
     words = ["--peft-base", str(copy.base), "--peft-adapter", f"one={copy.one}", "-k", "adapter.", "--junitxml=j.xml"]
     done = plugin(folders, tmp_path, *words)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "1 failed, 17 passed" in done.stdout
-    assert "adapter.task[one]" in done.stdout
+    assert "FAILED peft::adapter.task[one]" in done.stdout
     assert "It was trained for SEQ_CLS" in done.stdout
-    assert 'failures="1"' in (tmp_path / "j.xml").read_text()
+    assert "PytestWarning: adapter.leftovers[one]" in done.stdout
+    cases = {c.get("name"): c for c in ElementTree.parse(tmp_path / "j.xml").iter("testcase")}
+    assert {c.get("classname") for c in cases.values()} == {"peft"}
+    failures = {name: c.find("failure") for name, c in cases.items() if c.find("failure") is not None}
+    assert list(failures) == ["adapter.task[one]"]
+    assert failures["adapter.task[one]"].get("message").startswith("It was trained for SEQ_CLS")
+
+
+def test_plugin_says_once_why_nothing_can_be_tested(folders: Folders, tmp_path: Path):
+    """A base that is not there is one line in each item, without our frames, and is looked for once."""
+    words = [
+        "--peft-base",
+        str(tmp_path / "nowhere"),
+        "--peft-adapter",
+        f"one={folders.one}",
+        "-k",
+        "adapter.files or adapter.task",
+    ]
+    done = plugin(folders, tmp_path, *words)
+    assert done.returncode == 1
+    assert done.stdout.count("Nothing could be tested: ") >= 2
+    assert "nowhere" in done.stdout
+    assert "conformance.py" not in done.stdout
+
+
+def test_plugin_refuses_a_skip_without_reason(folders: Folders, tmp_path: Path):
+    """``--peft-skip`` without a reason is refused before anything runs."""
+    words = ["--peft-base", str(folders.base), "--peft-adapter", f"one={folders.one}", "--peft-skip", "pytorch.merge"]
+    done = plugin(folders, tmp_path, *words)
+    assert done.returncode == 4
+    assert "--peft-skip takes CHECK=REASON" in done.stderr
 
 
 def test_plugin_is_off_without_options(folders: Folders, tmp_path: Path):
