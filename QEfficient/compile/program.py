@@ -53,8 +53,8 @@ def compile_graph(
         batch_size: Rows that sessions will use, recorded for them; ``None``: any.
         prefill_seq_len: Most tokens of a prompt in one call.
         ctx_len: Longest context that sessions may use; ``None``: the base's own.
-        mixed: Let rows of one call run with different adapters, where the adapter's tensors can carry that (LoRA's can); costs one
-            more multiplication for each module. For an engine; it groups rows by adapter otherwise.
+        mixed: Let rows of one call run with different adapters, where the adapter's tensors can carry that (LoRA's can); costs a
+            few small operators for each module. For an engine; it groups rows by adapter otherwise.
         out: Folder that ``qpc-<hash>`` is put into; default: ``graph``.
         verify: Check the graph's files against its manifest first. Otherwise they are compiled as they are, whatever the
             manifest says; their own digests identify the program then.
