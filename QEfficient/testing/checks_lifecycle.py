@@ -242,6 +242,9 @@ def _ask_mixed(reference: Reference, subject: str) -> Finding:
     worst = max(errors, key=lambda n: errors[n])
     if errors[worst] <= LOGITS_TOLERANCE:
         return passed(f"In one batch with {len(names) - 1} others each row gives what it gives alone.", errors[worst])
+    if max(apart(g, reference.logits(subject, row)) for g, row in zip(got, rows, strict=True)) <= LOGITS_TOLERANCE:
+        text = f"PEFT's own limit: it ignores adapter_names with this base, every row of a batch gets {subject!r}"
+        return Finding(Outcome.WARN, f"{text}. Run the adapters in batches of their own.", errors[worst])
     text = f"In a batch of {', '.join(names)}, the row of {worst!r} differs by {number(errors[worst])} of its range from the row alone"
     return failed(f"{text}. Run the adapters in batches of their own.", errors[worst])
 

@@ -64,7 +64,18 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
     plain = reference.logits(BASE, np.concatenate([row, new[:-1]]))[-len(new) :] if subject != BASE else logits
     if subject != BASE and (plain.argmax(axis=1) == new).all():
         text += "; its tokens are the base's"
+    if _cache_differs(reference, row):
+        why = "transformers generates other tokens of the bare base with its cache than without one, which is no fault of an adapter"
+        return Finding(
+            Outcome.WARN, f"{text}: {why}. Generate with use_cache=False, or from the exported graph.", worst
+        )
     return failed(f"{text}. Does what generates use the adapted model? Does the adapter work with a cache?", worst)
+
+
+def _cache_differs(reference: Reference, row: Tokens) -> bool:
+    """Whether the bare base's own cache changes what is generated."""
+    kept, anew = (_generated(reference, BASE, row, use_cache=kept)[0] for kept in (True, False))
+    return not np.array_equal(kept, anew)
 
 
 def _generated(reference: Reference, subject: str, row: Tokens, **more: Any) -> tuple[Tokens, Logits]:

@@ -99,3 +99,21 @@ def test_tensors_that_peft_does_not_load(tmp_path: Path):
     assert found.outcome is Outcome.WARN
     assert "PEFT's own fault: it does not load 2 tensors" in found.message
     assert "shared_experts.down_proj.lora_A.weight" in found.message
+
+
+@pytest.mark.parametrize(
+    ("style", "target", "check", "says"),
+    [
+        ("mpt", "Wqkv", "pytorch.mixed", "it ignores adapter_names with this base, every row of a batch gets 'one'"),
+        ("moshi", "linear", "pytorch.generate", "with its cache than without one, which is no fault of an adapter"),
+    ],
+)
+def test_what_a_base_cannot_is_not_held_against_an_adapter(
+    tmp_path: Path, style: str, target: str, check: str, says: str
+):
+    """PEFT passes no adapter_names on for MPT, and Moshi's cache changes what transformers generates."""
+    tiny_model(style).save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "base", tmp_path / "one", config=lora(target_modules=[target]))
+    found = ask_all(loaded(tmp_path / "base", one=adapter))[check]
+    assert found.outcome is Outcome.WARN
+    assert says in found.message
