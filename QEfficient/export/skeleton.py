@@ -52,7 +52,9 @@ def longest_context(model: nn.Module) -> int:
     does not use the first places of its table of positions.
     """
     text_config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    named = (getattr(text_config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    named = (
+        getattr(text_config, name, None) for name in ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    )
     longest = next((int(n) for n in named if n), 0)
     if longest and (uncounted := uncounted_token(model)) is not None:
         longest -= uncounted + 1

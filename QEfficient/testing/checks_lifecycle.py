@@ -41,6 +41,12 @@ def known(question: str, reference: Reference, subject: str) -> str | None:
     return explain(question, reference.model.peft_config[subject], tied=tied)
 
 
+def _moved_by_others(reference: Reference, subject: str) -> str | None:
+    """Return why PEFT changes this adapter when it loads another one beside it, if it is known to."""
+    others = (name for name in reference.paths if name != subject)
+    return next((why for name in others if (why := known("second", reference, name))), None)
+
+
 def _ask_merge(reference: Reference, subject: str) -> Finding:
     if why := known("merge", reference, subject):
         return skipped(f"PEFT's own limit: {why}.")
@@ -137,6 +143,8 @@ def _ask_reload(reference: Reference, subject: str) -> Finding:
         wrong = _differing(folder, reference.paths[subject])
         if wrong:
             text = f"Saved again, {len(wrong)} tensors are not those of the file, first {wrong[0]}"
+            if why := _moved_by_others(reference, subject):
+                return skipped(f"PEFT's own limit: {why}. Test the adapters apart.")
             if set(wrong) <= _never_loaded(reference, subject):
                 text = f"PEFT's own fault: it does not load {len(wrong)} tensors that it has saved under these names, first {wrong[0]}"
                 advice = "In PyTorch the adapter works without them. Leave these modules out of target_modules and train again"
@@ -215,6 +223,8 @@ def _ask_several(reference: Reference, subject: str) -> Finding:
     moved = apart(reference.logits(subject, reference.short), reference.alone[subject])
     if moved == 0:
         return passed(f"Beside {len(others)} others it gives the bits that it gave when it had just been attached.", 0)
+    if why := _moved_by_others(reference, subject):
+        return skipped(f"PEFT's own limit: {why}. Test the adapters apart.")
     text = f"Since other adapters were attached the logits have moved by {number(moved)} of their range"
     return failed(
         f"{text}. The adapters share something (trained embeddings, biases, modules_to_save); test them apart.", moved

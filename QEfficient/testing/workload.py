@@ -87,7 +87,7 @@ def make_workload(
         encode: The base's tokenizer; None for random tokens.
         greedy_tokens: How many tokens to generate; fewer if the context is shorter.
         must_hold: Tokens that the first and the shortest row hold, up to a third of each.
-        left_out: Token that random rows do not hold: some models give padding no number of its own.
+        left_out: Token that no row holds: some models give padding no number of its own.
 
     Raises:
         UnsupportedError: The base's context is too short to ask anything.
@@ -113,7 +113,7 @@ def _tokens(
     """Return ``length`` token ids of one row."""
     ids: list[int] = []
     if encode is not None:
-        ids = [i for i in encode(_TEXTS[row % len(_TEXTS)]) if 0 <= i < vocab_size]
+        ids = [i for i in encode(_TEXTS[row % len(_TEXTS)]) if 0 <= i < vocab_size and i != left_out]
     if not ids:
         drawn = np.random.default_rng(_SEED + row).integers(0, vocab_size - (left_out is not None), length)
         return drawn if left_out is None else drawn + (drawn >= left_out)

@@ -54,3 +54,8 @@ def test_base_that_does_not_count_padding(tmp_path: Path) -> None:
     session.allocate(1, 23)
     got = session.run(ids[:, :23].numpy(), np.arange(23)[None])[0, 0]
     assert np.abs(got - want.numpy()).max() < 1e-5
+
+
+def test_base_that_names_its_table_otherwise() -> None:
+    """Whisper's decoder calls the length of its table of positions ``max_target_positions``."""
+    assert longest_context(tiny_model("whisper")) == 256
