@@ -180,12 +180,12 @@ class KeysRotatedOn(Faulty):
 @pytest.mark.parametrize(
     ("fault", "check", "says"),
     [
-        (OneLogitOff, "prefill", r"differ from PyTorch by 0.00\d+ of their range at prefill 47 \(token 7\)"),
+        (OneLogitOff, "prefill", r"differ from PyTorch by (0.00\d+|\de-[34]) of their range at prefill 47 \(token 7\)"),
         (OneLogitOff, "ragged", "36 of 36 positions are off"),
         (NotFinite, "prefill", "not finite"),
         (NotFinite, "greedy", "not a near-tie"),
         (ChunkForgetsCache, "chunked", "2 of 3 positions are off"),
-        (DecodeOneLate, "decode", "8 of 8 positions are off"),
+        (DecodeOneLate, "decode", "9 of 9 positions are off"),
         (RowsMixed, "ragged", "positions are off"),
         (SecondChoice, "greedy", "row 0, token 1 is .* not a near-tie"),
         (SecondChoice, "greedy_batch", "28 of 32 tokens are not PyTorch's"),
