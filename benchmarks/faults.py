@@ -282,32 +282,29 @@ KNOWN: tuple[tuple[Trials, tuple[str, ...]], ...] = (
     (rounded_trials, GRAPH_CASES),
     (mixed_trials, GRAPH_CASES),
 )
-HELD_OUT: tuple[tuple[Trials, tuple[str, ...]], ...] = (
-    (functools.partial(adapter_trials, faults=HELD_OUT_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
-    (functools.partial(model_trials, faults=HELD_OUT_MODEL_FAULTS), ("lora", "lora on gpt2")),
-    (
-        functools.partial(graph_trials, faults=HELD_OUT_GRAPH_FAULTS, running=HELD_OUT_SESSION_FAULTS),
-        ("lora", "lora on qwen3"),
-    ),
-    (export_trials, ("lora", "lora on qwen3")),
+
+
+def _held_out(
+    adapters: Any, models: Any, graphs: Any, running: Any, exports: Any
+) -> tuple[tuple[Trials, tuple[str, ...]], ...]:
+    """Return where the faults of a held-out set are planted."""
+    twice = ("lora", "lora on qwen3")
+    return (
+        (functools.partial(adapter_trials, faults=adapters), twice),
+        (functools.partial(model_trials, faults=models), ("lora", "lora on gpt2")),
+        (functools.partial(graph_trials, faults=graphs, running=running), twice),
+        (functools.partial(export_trials, faults=exports), twice),
+    )
+
+
+HELD_OUT = _held_out(
+    HELD_OUT_ADAPTER_FAULTS, HELD_OUT_MODEL_FAULTS, HELD_OUT_GRAPH_FAULTS, HELD_OUT_SESSION_FAULTS, EXPORT_FAULTS
 )
-SECOND: tuple[tuple[Trials, tuple[str, ...]], ...] = (
-    (functools.partial(adapter_trials, faults=SECOND_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
-    (functools.partial(model_trials, faults=SECOND_MODEL_FAULTS), ("lora", "lora on gpt2")),
-    (
-        functools.partial(graph_trials, faults=SECOND_GRAPH_FAULTS, running=SECOND_SESSION_FAULTS),
-        ("lora", "lora on qwen3"),
-    ),
-    (functools.partial(export_trials, faults=SECOND_EXPORT_FAULTS), ("lora", "lora on qwen3")),
+SECOND = _held_out(
+    SECOND_ADAPTER_FAULTS, SECOND_MODEL_FAULTS, SECOND_GRAPH_FAULTS, SECOND_SESSION_FAULTS, SECOND_EXPORT_FAULTS
 )
-THIRD: tuple[tuple[Trials, tuple[str, ...]], ...] = (
-    (functools.partial(adapter_trials, faults=THIRD_ADAPTER_FAULTS), ("lora", "lora on qwen3")),
-    (functools.partial(model_trials, faults=THIRD_MODEL_FAULTS), ("lora", "lora on gpt2")),
-    (
-        functools.partial(graph_trials, faults=THIRD_GRAPH_FAULTS, running=THIRD_SESSION_FAULTS),
-        ("lora", "lora on qwen3"),
-    ),
-    (functools.partial(export_trials, faults=THIRD_EXPORT_FAULTS), ("lora", "lora on qwen3")),
+THIRD = _held_out(
+    THIRD_ADAPTER_FAULTS, THIRD_MODEL_FAULTS, THIRD_GRAPH_FAULTS, THIRD_SESSION_FAULTS, THIRD_EXPORT_FAULTS
 )
 
 

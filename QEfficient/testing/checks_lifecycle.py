@@ -8,11 +8,12 @@ import contextlib
 import inspect
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -27,9 +28,10 @@ from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import listed, number
 
 _SECOND = "qefficient_second"
+_FILE = "adapter_model.safetensors"
 
 
-def apart(got: Logits, want: Logits) -> float:
+def apart(got: Logits, want: npt.NDArray[np.floating[Any]]) -> float:
     """Return the largest difference, relative to the range of the logits at its position."""
     span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
     return float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
@@ -140,12 +142,13 @@ def _ask_reload(reference: Reference, subject: str) -> Finding:
         warnings.simplefilter("ignore")
         model.save_pretrained(aside, selected_adapters=[subject], save_embedding_layers=False)
         folder = Path(aside) / subject if (Path(aside) / subject).is_dir() else Path(aside)
-        wrong = _differing(folder, reference.paths[subject])
+        file = read_tensors(reference.paths[subject] / _FILE)
+        wrong = _differing(read_tensors(folder / _FILE), file)
         if wrong:
             text = f"Saved again, {len(wrong)} tensors are not those of the file, first {wrong[0]}"
             if why := _moved_by_others(reference, subject):
                 return skipped(f"PEFT's own limit: {why}. Test the adapters apart.")
-            if set(wrong) <= _never_loaded(reference, subject):
+            if set(wrong) <= _never_loaded(reference, subject, file):
                 text = f"PEFT's own fault: it does not load {len(wrong)} tensors that it has saved under these names, first {wrong[0]}"
                 advice = "In PyTorch the adapter works without them. Leave these modules out of target_modules and train again"
                 return Finding(Outcome.WARN, f"{text}. {advice}.", len(wrong))
@@ -166,25 +169,22 @@ def _ask_reload(reference: Reference, subject: str) -> Finding:
     )
 
 
-def _never_loaded(reference: Reference, subject: str) -> set[str]:
+def _never_loaded(reference: Reference, subject: str, file: Mapping[str, npt.NDArray[Any]]) -> set[str]:
     """Return names of tensors that PEFT leaves as they were when it loads the adapter once more."""
     if known("second", reference, subject):
         return set()
-    model, file = reference.model, read_tensors(reference.paths[subject] / "adapter_model.safetensors")
+    model = reference.model
     try:
         model.load_adapter(str(reference.paths[subject]), adapter_name=_SECOND)
         loaded = get_peft_model_state_dict(model, adapter_name=_SECOND, save_embedding_layers=False)
     finally:
         _forget(model)
-    return {
-        k for k, v in loaded.items() if k in file and not np.array_equal(v.float().numpy(), file[k], equal_nan=True)
-    }
+    return set(_differing({name: tensor.float().numpy() for name, tensor in loaded.items()}, file))
 
 
-def _differing(saved: Path, original: Path) -> list[str]:
+def _differing(saved: Mapping[str, npt.NDArray[Any]], file: Mapping[str, npt.NDArray[Any]]) -> list[str]:
     """Return names of tensors that are not, in value, those of the original file; extra ones of the base are left out."""
-    a, b = (read_tensors(p / "adapter_model.safetensors") for p in (saved, original))
-    return sorted(k for k in a if k in b and not np.array_equal(a[k], b[k], equal_nan=True))
+    return sorted(k for k in saved if k in file and not np.array_equal(saved[k], file[k], equal_nan=True))
 
 
 def _forget(model: Any) -> None:

@@ -14,6 +14,7 @@ from QEfficient.contract import BASE
 from QEfficient.export.skeleton import uncounted_token
 from QEfficient.peft.tasks import tasks_of
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
+from QEfficient.testing.checks_lifecycle import apart
 from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
 from QEfficient.testing.known import takes_from_base
 from QEfficient.testing.reference import Reference
@@ -52,11 +53,11 @@ def _ask_generate(reference: Reference, subject: str) -> Finding:
                 f"generate() of transformers numbers tokens from 0, the forward pass of this base from {uncounted + 1}"
             )
             return Finding(Outcome.WARN, f"{text}: give generate() position_ids, or its tokens are others.", worst)
-        apart = float((np.abs(scores - logits).max(axis=1) / np.maximum(np.ptp(logits, axis=1), 1e-30)).max())
-        if not apart <= LOGITS_TOLERANCE:
-            text = f"The {len(new)} tokens of generate() are those of the forward pass, the logits behind them differ by {number(apart)} of the range"
+        error = apart(scores, logits)
+        if not error <= LOGITS_TOLERANCE:
+            text = f"The {len(new)} tokens of generate() are those of the forward pass, the logits behind them differ by {number(error)} of the range"
             return Finding(
-                Outcome.WARN, f"{text}: what it keeps in its cache is not what the forward pass sees.", apart
+                Outcome.WARN, f"{text}: what it keeps in its cache is not what the forward pass sees.", error
             )
         return passed(f"The {len(new)} tokens of generate() are those of the forward pass.", worst)
     at = int(lead.argmax())

@@ -353,17 +353,20 @@ SECOND_GRAPH_FAULTS = (
 )  # fmt: skip
 """Faults of an exported folder."""
 
-_LOGITS = tuple(f"graph.{c}" for c in ("prefill", "chunked", "decode", "ragged", "layers"))
+LOGITS = tuple(f"graph.{c}" for c in ("prefill", "chunked", "decode", "ragged", "layers"))
 
 
-def _parameters(model: Any, pattern: str) -> list[nn.Parameter]:
+def parameters(model: Any, pattern: str) -> list[nn.Parameter]:
+    """Return the parameters whose names match; StopIteration if there are none, so that nothing counts as planted."""
     found = [p for n, p in model.named_parameters() if re.search(pattern, n)]
     return found or [next(iter(()))]
 
 
-def _each(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+def each(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
+    """Return what changes every parameter whose name matches."""
+
     def alter(model: Any) -> None:
-        for p in _parameters(model, pattern):
+        for p in parameters(model, pattern):
             p.data.copy_(change(p.data.clone()))
 
     return alter
@@ -393,26 +396,26 @@ def _other_scaling(model: Any) -> None:
 
 
 def _last_layer_gone(model: Any) -> None:
-    for p in _parameters(model, r"layers\.1\.(self_attn\.o_proj|mlp\.down_proj).*base_layer\.weight"):
+    for p in parameters(model, r"layers\.1\.(self_attn\.o_proj|mlp\.down_proj).*base_layer\.weight"):
         p.data.zero_()
 
 
 def _gate_and_up(model: Any) -> None:
-    gate, up = (_parameters(model, rf"layers\.0\.mlp\.{n}_proj.base_layer\.weight")[0] for n in ("gate", "up"))
+    gate, up = (parameters(model, rf"layers\.0\.mlp\.{n}_proj.base_layer\.weight")[0] for n in ("gate", "up"))
     kept = gate.data.clone()
     gate.data.copy_(up.data)
     up.data.copy_(kept)
 
 
 SECOND_EXPORT_FAULTS = (
-    ExportFault("heads of keys and values exchanged", _LOGITS, _each(r"layers\.0\.self_attn\.(k|v)_proj\.base_layer\.weight", _kv_heads)),
-    ExportFault("one column pruned", _LOGITS, _each(r"layers\.0\.mlp\.down_proj\.base_layer\.weight", _column_zero)),
-    ExportFault("base rounded to float16", _LOGITS, _each(r"base_layer\.weight", lambda t: t.half().float())),
-    ExportFault("adapter merged and kept", _LOGITS, _merged_too),
+    ExportFault("heads of keys and values exchanged", LOGITS, each(r"layers\.0\.self_attn\.(k|v)_proj\.base_layer\.weight", _kv_heads)),
+    ExportFault("one column pruned", LOGITS, each(r"layers\.0\.mlp\.down_proj\.base_layer\.weight", _column_zero)),
+    ExportFault("base rounded to float16", LOGITS, each(r"base_layer\.weight", lambda t: t.half().float())),
+    ExportFault("adapter merged and kept", LOGITS, _merged_too),
     ExportFault("scaling as of rsLoRA", ("graph.tensors",), _other_scaling),
-    ExportFault("last layer does nothing", _LOGITS, _last_layer_gone),
-    ExportFault("gate and up exchanged", _LOGITS, _gate_and_up),
-    ExportFault("norm's offset of one", _LOGITS, _each(r"post_attention_layernorm\.weight", lambda t: t + 0.05)),
+    ExportFault("last layer does nothing", LOGITS, _last_layer_gone),
+    ExportFault("gate and up exchanged", LOGITS, _gate_and_up),
+    ExportFault("norm's offset of one", LOGITS, each(r"post_attention_layernorm\.weight", lambda t: t + 0.05)),
 )  # fmt: skip
 """Graphs exported from another model."""
 

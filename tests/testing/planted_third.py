@@ -22,6 +22,7 @@ from tests.testing.planted_adapters import Fault, config, every, renamed, tensor
 from tests.testing.planted_graphs import GraphFault, SessionFault, Wrapped, exported
 from tests.testing.planted_held_out import ExportFault
 from tests.testing.planted_pytorch import ModelFault, adapted
+from tests.testing.planted_second import LOGITS, each, parameters
 
 _A, _B = r"lora_A\.weight", r"lora_B\.weight"
 _FILE = "adapter_model.safetensors"
@@ -446,21 +447,6 @@ THIRD_GRAPH_FAULTS = (
 )  # fmt: skip
 """Faults of an exported folder."""
 
-_LOGITS = tuple(f"graph.{c}" for c in ("prefill", "chunked", "decode", "ragged", "layers"))
-
-
-def _parameters(model: Any, pattern: str) -> list[nn.Parameter]:
-    found = [p for n, p in model.named_parameters() if re.search(pattern, n)]
-    return found or [next(iter(()))]
-
-
-def _each(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], None]:
-    def alter(model: Any) -> None:
-        for p in _parameters(model, pattern):
-            p.data.copy_(change(p.data.clone()))
-
-    return alter
-
 
 def _updated(tensor: torch.Tensor) -> torch.Tensor:
     """Add what a base's later revision has learnt more."""
@@ -477,7 +463,7 @@ def _last_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _interleaved(model: Any) -> None:
     """Order the rows of queries and keys as the original weights of Llama have them."""
     heads = 16 if "q_norm" not in "".join(n for n, _ in model.named_parameters()) else 32
-    for p in _parameters(model, r"self_attn\.(q|k)_proj\.base_layer\.weight"):
+    for p in parameters(model, r"self_attn\.(q|k)_proj\.base_layer\.weight"):
         rows = p.data.view(-1, heads // 2, 2, p.shape[1]).transpose(1, 2).reshape(p.shape)
         p.data.copy_(rows)
 
@@ -490,7 +476,7 @@ def _long_rotary(model: Any) -> None:
 
 def _tied(model: Any) -> None:
     """Take the embedding for the output projection, which this base has not tied."""
-    _parameters(model, r"lm_head\.weight")[0].data.copy_(_parameters(model, r"embed_tokens\.weight")[0].data)
+    parameters(model, r"lm_head\.weight")[0].data.copy_(parameters(model, r"embed_tokens\.weight")[0].data)
 
 
 def _dequantised(tensor: torch.Tensor) -> torch.Tensor:
@@ -500,13 +486,13 @@ def _dequantised(tensor: torch.Tensor) -> torch.Tensor:
 
 
 THIRD_EXPORT_FAULTS = (
-    ExportFault("adapter of an earlier step", ("graph.tensors",), _each(r"lora_B\.one\.", lambda t: 0.95 * t)),
-    ExportFault("base of a later revision", _LOGITS, _each(r"base_layer\.weight", _updated)),
-    ExportFault("last tokens' rows initialised anew", _LOGITS, _each(r"embed_tokens\.weight", _last_rows)),
-    ExportFault("rows of queries and keys interleaved", _LOGITS, _interleaved),
-    ExportFault("rotary scaled for long contexts", (*_LOGITS, "graph.long"), _long_rotary),
-    ExportFault("output projection tied by mistake", _LOGITS, _tied),
-    ExportFault("base from int8 and back", _LOGITS, _each(r"base_layer\.weight", _dequantised)),
+    ExportFault("adapter of an earlier step", ("graph.tensors",), each(r"lora_B\.one\.", lambda t: 0.95 * t)),
+    ExportFault("base of a later revision", LOGITS, each(r"base_layer\.weight", _updated)),
+    ExportFault("last tokens' rows initialised anew", LOGITS, each(r"embed_tokens\.weight", _last_rows)),
+    ExportFault("rows of queries and keys interleaved", LOGITS, _interleaved),
+    ExportFault("rotary scaled for long contexts", (*LOGITS, "graph.long"), _long_rotary),
+    ExportFault("output projection tied by mistake", LOGITS, _tied),
+    ExportFault("base from int8 and back", LOGITS, each(r"base_layer\.weight", _dequantised)),
 )  # fmt: skip
 """Graphs exported from another model."""
 
