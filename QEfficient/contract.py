@@ -46,11 +46,12 @@ ALL_TARGETS = "all_targets"
 targets share tensors (a bank of vectors, say) that an adapter without some of the targets fills."""
 
 MIXED = "mixed"
-"""Manifest option of a program: rows of one call may run with different adapters. The adapters stand side by side along the
-rank, and the input ``ADAPTER_MASK`` says which ranks count for which row."""
+"""Manifest option of a program: rows of one call may run with different adapters, cut into pieces along their rank. Its value
+lists, for each kind of modules, the adapter's inputs; ``ADAPTER_MASK`` says which row each place of a piece is for."""
 
 ADAPTER_MASK = "adapter_mask"
-"""Input of a mixed program, ``(batch_size or 1, 1, rank)`` float32: 1 where a rank counts for a row, else 0."""
+"""Input of a mixed program, ``(batch_size, places, pieces)`` float32: 1 where a place of a piece is a row's, else 0; the pieces are
+those of all kinds of modules, in the order of ``MIXED``. With one adapter for all rows: ``(1, 1, rank)``, ones."""
 
 
 @dataclass(frozen=True, slots=True)
