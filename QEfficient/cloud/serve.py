@@ -78,8 +78,10 @@ def command(argv: Sequence[str]) -> int:
     except ModuleNotFoundError as e:
         raise ConfigError(f"serving needs {e.name}: pip install 'efficient-transformers[serve]'") from e
     from QEfficient.serve.config import Keys, Limits, Places
+    from QEfficient.serve.loading import check_given
     from QEfficient.serve.logs import configure
 
+    check_given(adapters)
     configure()
     settings: dict[str, Any] = {
         "slots": options.slots,
@@ -102,10 +104,10 @@ def command(argv: Sequence[str]) -> int:
         ),
         "log_prompts": options.log_prompts,
     }
+    start.need_keys(settings["keys"], options.host)
     if options.engine == "ray":
         from QEfficient.serve.cluster import application, serve_cluster
 
-        start.need_keys(settings["keys"], options.host)
         app = application(options.base, adapters, settings, replicas=options.replicas)
         serve_cluster(app, host=options.host, port=options.port, address=options.ray_address or None)
         return 0

@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 from peft import LoraConfig, PeftConfig
 
-from QEfficient.errors import AdapterMismatchError, ArtifactError, QEffError, UnsupportedError
+from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError, QEffError, UnsupportedError
 from QEfficient.export.lift import lift, plain
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
@@ -24,7 +24,7 @@ from QEfficient.serve.entries import Verdict
 from QEfficient.serve.lanes import Lanes
 from QEfficient.serve.logs import log
 from QEfficient.serve.preparing import content_digest, content_key
-from QEfficient.store import cache_root
+from QEfficient.store import cache_root, is_local
 from QEfficient.testing.adapter_stage import examine
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.selection import Selection
@@ -122,6 +122,23 @@ class Loader:
             skeleton = skeleton_of(self.base, {adapter.name: adapter})
             self._scalings[key] = lift(skeleton, adapter.name).scalings if skeleton is not None else None
         return self._scalings[key]
+
+
+def check_given(adapters: Mapping[str, str | Path]) -> None:
+    """Refuse to start with adapters on this machine that are not there, or whose configuration cannot be read.
+
+    Those of the Hub may be out of reach for a while; and what is wrong with tensors is found out before their first use.
+
+    Raises:
+        ConfigError: Names the first.
+    """
+    for name, path in adapters.items():
+        if not (is_local(path) or Path(path).exists()):
+            continue
+        try:
+            read_config(resolve(path))
+        except QEffError as e:
+            raise ConfigError(f"--adapter {name}={path}: {e}; give an adapter that PEFT saved, or leave it out") from e
 
 
 def graph_for(base: str, adapters: Mapping[str, str | Path]) -> Path:

@@ -13,6 +13,7 @@ import uvicorn
 
 from QEfficient.compile.program import compile_graph
 from QEfficient.errors import ConfigError
+from QEfficient.peft.loading import check_base
 from QEfficient.runtime.engine import Engine
 from QEfficient.serve.access import HEADER_BYTES, protocol
 from QEfficient.serve.app import create_app
@@ -61,6 +62,7 @@ def build(
     Raises:
         QEffError: Why there can be no server.
     """
+    check_base(base)
     tokenizer = _tokenizer(base)
     if chat_template:
         tokenizer.chat_template = chat_template
@@ -91,7 +93,7 @@ def serve(server: Server, *, host: str, port: int) -> None:
     """Serve until SIGTERM or SIGINT; then finish what runs, and return what is not finished in time.
 
     Raises:
-        ConfigError: Nobody needs a key, and the address is not this machine's own.
+        ConfigError: As :func:`need_keys`, which costs less before the server is built.
     """
     need_keys(server.keys, host)
     limits = server.limits

@@ -19,8 +19,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.requests import Request
 
-from QEfficient.serve.cluster import LOAD, UNLOAD, Call, Front
+from QEfficient.serve.calls import Call
 from QEfficient.serve.config import Places
+from QEfficient.serve.front import LOAD, UNLOAD, Front
 from QEfficient.serve.metrics import merged
 from tests.serve.conftest import Place, Running, free_port
 

@@ -108,6 +108,16 @@ def test_prompts_of_tokens(served: Running) -> None:
     assert [c.index for c in out.choices] == [0, 1]
 
 
+def test_the_only_form_of_answers_is_text(served: Running) -> None:
+    """``response_format`` text changes nothing; JSON is refused by name, not answered with something else."""
+    client = served.client()
+    plain = client.chat.completions.create(model="one", **ASK)
+    text = client.chat.completions.create(model="one", response_format={"type": "text"}, **ASK)
+    assert text.choices[0].message.content == plain.choices[0].message.content
+    with pytest.raises(openai.BadRequestError, match=r"response_format\.type: Input should be 'text'"):
+        client.chat.completions.create(model="one", response_format={"type": "json_object"}, **ASK)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [

@@ -6,6 +6,7 @@ Most change which adapter a call takes for a row; those that change tensors load
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -222,35 +223,29 @@ def _filling_lost(engine: Engine) -> None:
     batch.leave = left  # type: ignore[method-assign]
 
 
-def _any_prefix(engine: Engine) -> None:
+def _restoring(change: Callable[[Any, Callable[..., int], Any, int, str, Any], int]) -> Callable[[Engine], None]:
+    """Let ``change(prefixes, restore, session, row, adapter, tokens)`` copy kept prefixes into rows."""
+
+    def plant(engine: Engine) -> None:
+        if (kept := engine._batch.prefixes) is not None:
+            kept.restore = partial(change, kept, kept.restore)  # type: ignore[method-assign]
+
+    return plant
+
+
+def _any_prefix(kept: Any, restore: Callable[..., int], session: Any, row: int, adapter: str, tokens: Any) -> int:
     """Begin a prompt with what another adapter left of it."""
-    kept = engine._batch.prefixes
-    if kept is None:
-        return
-    restore = kept.restore
-
-    def restored(session: Any, row: int, adapter: str, tokens: Any) -> int:
-        others = sorted({key[0] for key in kept._kept}, key=lambda other: other == adapter)
-        return next((n for other in others if (n := restore(session, row, other, tokens))), 0)
-
-    kept.restore = restored  # type: ignore[method-assign]
+    others = sorted({key[0] for key in kept._kept}, key=lambda other: other == adapter)
+    return next((n for other in others if (n := restore(session, row, other, tokens))), 0)
 
 
-def _prefix_short(engine: Engine) -> None:
+def _prefix_short(_: Any, restore: Callable[..., int], session: Any, row: int, adapter: str, tokens: Any) -> int:
     """Begin a prompt with a copy that lacks its last position."""
-    kept = engine._batch.prefixes
-    if kept is None:
-        return
-    restore = kept.restore
-
-    def restored(session: Any, row: int, adapter: str, tokens: Any) -> int:
-        count = restore(session, row, adapter, tokens)
-        if count:
-            for state in session._states.values():
-                state[row, :, count - 1] = 0
-        return count
-
-    kept.restore = restored  # type: ignore[method-assign]
+    count = restore(session, row, adapter, tokens)
+    if count:
+        for state in session._states.values():
+            state[row, :, count - 1] = 0
+    return count
 
 
 _MIXED = ("program.mixed",)
@@ -276,7 +271,7 @@ MIXED_FAULTS = (
     MixedFault("who moves loses the cache", _MIXED, _not_copied),
     MixedFault("who moves loses the newest position", _MIXED, _copied_short),
     MixedFault("prompt being read does not move along", _MIXED, _filling_lost),
-    MixedFault("prefix of another adapter", _MIXED, _any_prefix),
-    MixedFault("prefix without its last position", _MIXED, _prefix_short),
+    MixedFault("prefix of another adapter", _MIXED, _restoring(_any_prefix)),
+    MixedFault("prefix without its last position", _MIXED, _restoring(_prefix_short)),
 )
 """Faults of mixed batches."""
