@@ -51,8 +51,19 @@ class Options:
         metavar="NAME=VALUE",
     )
     seed: int = option(0, "Start of the random numbers.")
-    ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own, at most 2048.")
+    ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own.")
     tokenizer: str = option("", "Folder or Hub id of the tokenizer. Default: the base's.", metavar="PATH")
+    precision: str = option(
+        "fp32", "How the base's weights are held; a program has its own.", choices=["fp32", "int8", "int4"]
+    )
+    block_size: int | None = option(
+        None, "Weights that share a scale, at int8 and int4. Default: see 'qefficient compile --help'."
+    )
+    threads: int = option(0, "Threads; 0: one for each physical core.")
+    large_pages: bool = option(
+        False,
+        "Weights on large pages of memory, where the system has them: loading takes longer, tokens may be faster.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +122,11 @@ def _from_base(adapters: dict[str, str], options: Options) -> _Ready:
     from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
 
     model = QEffAutoPeftModelForCausalLM.from_base(options.base, adapters)
-    model.export()
-    model.compile(ctx_len=options.ctx_len)
-
-    def select(name: str) -> None:
-        if name == BASE:
-            model.disable_adapter()
-        else:
-            model.set_adapter(name)
-
-    return _Ready(model.generate, select, tuple(adapters), options.base)
+    session = _open(model.export().parent, options)
+    for name in options.use or adapters:
+        if name != BASE:
+            session.load_adapter(name, model.tensors_of(name))
+    return _ready(session, tuple(adapters), options.base)
 
 
 def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, base: str = "") -> _Ready:
@@ -129,16 +135,33 @@ def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, bas
         raise ConfigError(
             f"{folder} is an exported graph, which comes with its adapters: leave out --adapter, or give the base"
         )
+    session = _open(folder, options)
+    graph = folder.parent.parent if _is_program(folder) else folder
+    base = base or str(session.manifest.base.get("name_or_path", ""))
+    return _ready(session, _load_exported(session, graph), base)
+
+
+def _is_program(folder: Path) -> bool:
+    return "target" in Manifest.read(folder).options
+
+
+def _open(folder: Path, options: Options) -> "OrtSession":
+    """Open a program, or what a graph is compiled to."""
     from QEfficient.compile.program import compile_graph
-    from QEfficient.runtime.generate import SessionModel
     from QEfficient.runtime.session import OrtSession
 
-    manifest = Manifest.read(folder)
-    is_program = "target" in manifest.options
-    graph = folder.parent.parent if is_program else folder
-    session = OrtSession(folder if is_program else compile_graph(folder, ctx_len=options.ctx_len))
-    base = base or str(manifest.base.get("name_or_path", ""))
-    names = _load_exported(session, graph)
+    if not _is_program(folder):
+        folder = compile_graph(
+            folder, precision=options.precision, block_size=options.block_size, ctx_len=options.ctx_len
+        )
+    elif options.precision != "fp32" or options.block_size is not None or options.ctx_len is not None:
+        raise ConfigError(f"{folder} is a program, compiled already: leave out --precision, --block-size and --ctx-len")
+    return OrtSession(folder, threads=options.threads or None, large_pages=options.large_pages)
+
+
+def _ready(session: "OrtSession", names: tuple[str, ...], base: str) -> _Ready:
+    from QEfficient.runtime.generate import SessionModel
+
     return _Ready(SessionModel(session, generation_config=_defaults(base)).generate, session.set_adapter, names, base)
 
 
@@ -218,6 +241,8 @@ def _read(path: Path, name: str) -> str:
 
 def _arguments(options: Options) -> dict[str, Any]:
     """Return the arguments of transformers' ``generate``, checked."""
+    if options.threads < 0:
+        raise ConfigError(f"--threads must be at least 0, not {options.threads}")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
     if options.temperature < 0 or not 0 < options.top_p <= 1:

@@ -3,16 +3,22 @@
 
 A token reads every weight once. On pages of 4 KiB the processor looks up an address for each of them, twice in a virtual machine;
 on pages of 2 MiB hardly ever. ONNX Runtime does not ask the system for large pages, so that is done afterwards, for
-the memory that was mapped while it loaded. Results are the same; nothing happens where it cannot be done.
+the memory that was mapped while it loaded. Results are the same; where it cannot be done, a warning says why.
 """
 
 import ctypes
+import errno
+import logging
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-_MADV_COLLAPSE = 25  # Linux 6.1; others answer with an error, which is ignored
+LOGGER = logging.getLogger("qefficient.pages")
+
+_MADV_COLLAPSE = 25  # Linux 6.1; earlier ones say that the argument is invalid
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PAGE_BYTES = 2 << 20
 _STEP_PAGES = 16
 _MOST_SECONDS_OF_A_STEP = 1.0
@@ -23,42 +29,53 @@ Span = tuple[int, int]
 
 @contextmanager
 def on_large_pages() -> Iterator[None]:
-    """Put what is mapped in this context on large pages when it ends."""
-    before = _spans()
+    """Put what is mapped in this context on large pages when it ends; warn where the system has none."""
+    reason = why_not()
+    before = _spans() if not reason else []
     yield
-    if before and _allowed():
-        _collapse(_without(_spans(), before))
+    if not reason:
+        reason = _collapse(_without(_spans(), before))
+    if reason:
+        LOGGER.warning("large pages change nothing here: %s", reason)
 
 
-def _collapse(spans: Sequence[Span]) -> None:
-    """Ask for large pages in spans of addresses; memory that is not there any more is skipped by the system."""
-    advise = ctypes.CDLL(None).madvise
+def why_not() -> str:
+    """Return why this system gives no large pages; empty if it has them."""
+    if sys.platform != "linux":
+        return f"they are asked for on Linux only, this is {sys.platform}"
+    try:
+        setting = _SETTING.read_text().strip()
+    except OSError:
+        return f"this kernel has none ({_SETTING} cannot be read)"
+    if "[never]" in setting:
+        return f"they are switched off ({_SETTING} says {setting!r}); 'echo madvise > {_SETTING}' as root allows them"
+    return ""
+
+
+def _collapse(spans: Sequence[Span]) -> str:
+    """Ask for large pages in spans of addresses; memory that is not there any more is skipped by the system.
+
+    Returns:
+        Why nothing came of it, where all of it was refused.
+    """
+    answers: set[int] = set()
+    advise = ctypes.CDLL(None, use_errno=True).madvise
     step = _STEP_PAGES * _PAGE_BYTES
     for first, last in spans:
         begin, end = -(-first // _PAGE_BYTES) * _PAGE_BYTES, last // _PAGE_BYTES * _PAGE_BYTES
         for address in range(begin, end, step):
             started = time.monotonic()
-            advise(ctypes.c_void_p(address), ctypes.c_size_t(min(step, end - address)), _MADV_COLLAPSE)
+            failed = advise(ctypes.c_void_p(address), ctypes.c_size_t(min(step, end - address)), _MADV_COLLAPSE)
+            answers.add(ctypes.get_errno() if failed else 0)
             if time.monotonic() - started > _MOST_SECONDS_OF_A_STEP:
-                return
-
-
-def _allowed() -> bool:
-    """Whether the system has large pages, and its administrator did not switch them off."""
-    try:
-        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return False
+                return ""
+    return "the kernel cannot move memory onto them (Linux 6.1 and later can)" if answers == {errno.EINVAL} else ""
 
 
 def _spans() -> list[Span]:
-    """Return the addresses of this process's private memory that belongs to no file, in order; none outside Linux."""
-    try:
-        lines = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return []
+    """Return the addresses of this process's private memory that belongs to no file, in order."""
     found = []
-    for line in lines:
+    for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, access, _, _, inode, *_ = line.split()
         if access == "rw-p" and inode == "0" and "[stack]" not in line:
             first, last = addresses.split("-")

@@ -31,7 +31,7 @@ def configure() -> None:
     """Send our log, and uvicorn's, to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
-    for name in ("qefficient.serve", "uvicorn", "uvicorn.error"):
+    for name in ("qefficient", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
         logger.setLevel(logging.INFO)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from QEfficient.cloud.__main__ import run
+from QEfficient.runtime import pages
 from tests.tiny import VOCAB, save_adapter, save_base
 
 PROMPT = "w5 w9 w33"
@@ -83,6 +84,52 @@ def test_base_with_adapter(folders, capsys):
     assert _text(capsys.readouterr().out) == [_expected(folders, "base")]
 
 
+@pytest.mark.parametrize("given", ["graph", "base"])
+def test_large_pages(folders, graph, capsys, caplog, monkeypatch, given):
+    """The same text; where the system has no large pages, one warning says so, and only if they were asked for."""
+    subject = [str(graph)] if given == "graph" else [str(folders / "base"), f"--adapter=one={folders / 'one'}"]
+    command = [*subject, "--use=one", "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    for setting in (pages._SETTING, folders / "nowhere"):
+        monkeypatch.setattr(pages, "_SETTING", setting)
+        for asked in ([], ["--large-pages"]):
+            caplog.clear()
+            assert run("generate", [*command, *asked]) == 0
+            assert _text(capsys.readouterr().out) == [_expected(folders, "one")]
+            warned = [r.getMessage() for r in caplog.records if r.name == "qefficient.pages"]
+            assert warned == [f"large pages change nothing here: {pages.why_not()}"] * bool(asked and pages.why_not())
+    assert pages.why_not()
+
+
+def test_precision_and_threads(folders, graph, capsys):
+    """They reach the program and its session: generate makes and uses what compile would have made."""
+    arguments = [str(graph), "--use=one", "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    options = ["--precision=int4", "--block-size=16"]
+    before = set(graph.glob("qpc-*"))
+    assert run("generate", [*arguments, *options, "--threads=1"]) == 0
+    shown = _text(capsys.readouterr().out)
+    (made,) = set(graph.glob("qpc-*")) - before
+    assert run("compile", [str(graph), *options]) == 0
+    assert capsys.readouterr().out.split()[-1] == str(made / "program")
+    assert run("generate", [str(made / "program"), *arguments[1:]]) == 0
+    assert _text(capsys.readouterr().out) == shown
+    assert run("generate", [str(made / "program"), *arguments[1:], "--precision=int8"]) == 2
+    assert "is a program, compiled already: leave out --precision" in capsys.readouterr().err
+
+
+def test_an_adapter_that_does_not_fit_the_first(folders, tmp_path, capsys):
+    """It is said before anything is generated; without it, the other completes."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM")
+    save_adapter(folders / "base", tmp_path / "other", config=config)
+    pairs = [f"--adapter=one={folders / 'one'}", f"--adapter=other={tmp_path / 'other'}"]
+    arguments = [str(folders / "base"), *pairs, "--prompt", PROMPT, f"--max-new-tokens={NEW}"]
+    assert run("generate", arguments) == 2
+    captured = capsys.readouterr()
+    assert "adapter 'other' does not fit the graph: use_dora is True, exported with None" in captured.err
+    assert captured.out == ""
+    assert run("generate", [*arguments, "--use=one"]) == 0
+    assert _text(capsys.readouterr().out) == [_expected(folders, "one")]
+
+
 CHAT = "{% for m in messages %}{{ m['role'][:1] }} {{ m['content'] }} {% endfor %}w7"
 
 
@@ -132,6 +179,8 @@ def test_any_generation_option(folders, graph, capsys):
         (["--chat"], "has no chat template"),
         (["--use=onne"], "no adapter 'onne'; did you mean 'one'? (there are: one, two, base)"),
         (["--adapter=x=y"], "comes with its adapters: leave out --adapter"),
+        (["--threads=-1"], "--threads must be at least 0, not -1"),
+        (["--block-size=7", "--precision=int4"], "block_size must be one of"),
         (["--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
         (["--max-new-tokens=900", "--use=one"], "the context does not fit: prompt and new tokens need 902 positions"),
         (["--max-new-token=9"], "unknown option '--max-new-token'; did you mean '--max-new-tokens'?"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from QEfficient.runtime.pages import _allowed, _without, on_large_pages
+from QEfficient.runtime import pages
+from QEfficient.runtime.pages import _without, on_large_pages, why_not
 
 _MIB = 1 << 20
 
@@ -31,14 +32,43 @@ def _large_kib(memory: mmap.mmap) -> int:
     raise AssertionError("no such mapping")
 
 
-@pytest.mark.skipif(not _allowed(), reason="this system has no transparent large pages, or they are switched off")
-def test_what_is_mapped_inside_is_put_on_large_pages() -> None:
-    """The content stays; it is at least half of 16 MiB, whatever the alignment."""
+@pytest.mark.skipif(bool(why_not()), reason="this system has no transparent large pages, or they are switched off")
+def test_what_is_mapped_inside_is_put_on_large_pages(caplog: pytest.LogCaptureFixture) -> None:
+    """The content stays; it is at least half of 16 MiB, whatever the alignment; nothing is said."""
     with on_large_pages():
         memory = _mapped(b"x")
         before = _large_kib(memory)
     assert _large_kib(memory) >= before + 8 * 1024
     assert memory[:] == b"x" * len(memory)
+    assert caplog.messages == []
+
+
+def test_a_system_without_large_pages_is_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Switched off, absent, or beyond the kernel: one warning each that says which, and the memory is as it was."""
+    setting = tmp_path / "enabled"
+    setting.write_text("always madvise [never]\n")
+    monkeypatch.setattr(pages, "_SETTING", setting)
+    with on_large_pages():
+        memory = _mapped(b"x")
+    assert memory[:] == b"x" * len(memory)
+    assert caplog.messages.pop() == (
+        f"large pages change nothing here: they are switched off ({setting} says 'always madvise [never]'); "
+        f"'echo madvise > {setting}' as root allows them"
+    )
+    monkeypatch.setattr(pages, "_SETTING", tmp_path / "absent")
+    assert why_not() == f"this kernel has none ({tmp_path / 'absent'} cannot be read)"
+    setting.write_text("always [madvise] never\n")
+    monkeypatch.setattr(pages, "_SETTING", setting)
+    assert why_not() == ""
+    monkeypatch.setattr(pages, "_MADV_COLLAPSE", 9999)  # what a kernel before 6.1 makes of 25
+    caplog.clear()
+    with on_large_pages():
+        _mapped(b"x")
+    assert caplog.messages == [
+        "large pages change nothing here: the kernel cannot move memory onto them (Linux 6.1 and later can)"
+    ]
 
 
 @pytest.mark.parametrize(
