@@ -22,7 +22,7 @@ from QEfficient.contract import BASE
 from QEfficient.peft.adapters import read_tensors
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
 from QEfficient.testing.compare import FLOAT32_NOISE, LOGITS_TOLERANCE, Logits
-from QEfficient.testing.known import explain
+from QEfficient.testing.known import explain, keeps_apart
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import listed, number
@@ -41,12 +41,6 @@ def known(question: str, reference: Reference, subject: str) -> str | None:
     """Return what PEFT is known to do differently with this adapter."""
     tied = bool(getattr(reference.model.config, "tie_word_embeddings", False))
     return explain(question, reference.model.peft_config[subject], tied=tied)
-
-
-def _moved_by_others(reference: Reference, subject: str) -> str | None:
-    """Return why PEFT changes this adapter when it loads another one beside it, if it is known to."""
-    others = (name for name in reference.paths if name != subject)
-    return next((why for name in others if (why := known("second", reference, name))), None)
 
 
 def _ask_merge(reference: Reference, subject: str) -> Finding:
@@ -146,8 +140,6 @@ def _ask_reload(reference: Reference, subject: str) -> Finding:
         wrong = _differing(read_tensors(folder / _FILE), file)
         if wrong:
             text = f"Saved again, {len(wrong)} tensors are not those of the file, first {wrong[0]}"
-            if why := _moved_by_others(reference, subject):
-                return skipped(f"PEFT's own limit: {why}. Test the adapters apart.")
             if set(wrong) <= _never_loaded(reference, subject, file):
                 text = f"PEFT's own fault: it does not load {len(wrong)} tensors that it has saved under these names, first {wrong[0]}"
                 advice = "In PyTorch the adapter works without them. Leave these modules out of target_modules and train again"
@@ -218,13 +210,13 @@ def _ask_delete(reference: Reference, subject: str) -> Finding:
 
 def _ask_several(reference: Reference, subject: str) -> Finding:
     others = [n for n in reference.paths if n != subject]
+    if why := keeps_apart(reference.model.peft_config[subject]):
+        return skipped(f"PEFT's own limit: {why}; it is tested apart from other adapters.")
     if not others:
         return skipped("There is only one adapter.")
     moved = apart(reference.logits(subject, reference.short), reference.alone[subject])
     if moved == 0:
         return passed(f"Beside {len(others)} others it gives the bits that it gave when it had just been attached.", 0)
-    if why := _moved_by_others(reference, subject):
-        return skipped(f"PEFT's own limit: {why}. Test the adapters apart.")
     text = f"Since other adapters were attached the logits have moved by {number(moved)} of their range"
     return failed(
         f"{text}. The adapters share something (trained embeddings, biases, modules_to_save); test them apart.", moved

@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The test from beginning to end: read, check every stage, measure, report."""
 
+import copy
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from peft import PeftConfig
 
 from QEfficient.compile.blocks import BITS
 from QEfficient.contract import BASE, Manifest
@@ -24,6 +28,7 @@ from QEfficient.testing.efficiency import measure
 from QEfficient.testing.genai import ASKED, opened_genai
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
 from QEfficient.testing.inputs import describe_base
+from QEfficient.testing.known import keeps_apart
 from QEfficient.testing.precision import CHECKS as PRECISION_CHECKS
 from QEfficient.testing.precision import SAME_BITS, evaluate_rounded
 from QEfficient.testing.publish import publish
@@ -87,6 +92,8 @@ def run(
     tester.graph_format, tester.precision = graph_format, precision
     tester.read(jobs)
     report = tester.run(greedy_tokens, measure_speed, budgets)
+    for name in tester.apart:
+        tester.run_apart(name, greedy_tokens, measure_speed, budgets)
     if earlier is not None:
         tester.regress(earlier)
     report.seconds = time.perf_counter() - start
@@ -142,6 +149,7 @@ class _Tester:
         progress("read", BASE)
         self.config = read_base_config(base)
         self.paths: dict[str, Path] = {}
+        self.apart: dict[str, Path] = {}
         self.tokens: list[int] = []
         self.eval_data: str | Path | None = None
         self.tasks: tuple[str, ...] = ()
@@ -169,7 +177,14 @@ class _Tester:
         self.report.adapters = tuple(one.subject for one in found.values())
         self.report.results += [r for one in found.values() for r in one.results]
         self.paths = {name: one.path for name, one in found.items() if one.error is None}
+        self.separate()
         self.tokens = sorted({t for one in found.values() if one.error is None for t in one.tokens})
+
+    def separate(self) -> None:
+        """Set apart the adapters for which PEFT changes the base: the others are held against their own."""
+        moving = [name for name, path in self.paths.items() if keeps_apart(PeftConfig.from_pretrained(str(path)))]
+        only_these = len(moving) == len(self.paths)
+        self.apart = {name: self.paths.pop(name) for name in moving[only_these:]}
 
     def run(self, greedy_tokens: int | None, measure_speed: bool, budgets: Budgets) -> Report:
         """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
@@ -191,6 +206,15 @@ class _Tester:
             self.report.graph = self.report.graph or str(graph.folder)
             self.stages(reference, graph, seconds if measure_speed and not self.selection.only else None, budgets)
         return self.report
+
+    def run_apart(self, name: str, greedy_tokens: int | None, measure_speed: bool, budgets: Budgets) -> None:
+        """Run the model's stages with one adapter that PEFT takes beside no other; the base has been asked already."""
+        alone = copy.copy(self)
+        alone.paths, alone.apart = {name: self.apart[name]}, {}
+        alone.report = replace(self.report, results=[], measurements=[])
+        found = alone.run(greedy_tokens, measure_speed, budgets)
+        self.report.results += [r for r in found.results if r.subject == name]
+        self.report.measurements += [m for m in found.measurements if m.subject == name]
 
     def load(self, greedy_tokens: int | None) -> tuple[Reference, float]:
         """Load base and adapters in PyTorch; return them and how long that took."""

@@ -33,6 +33,11 @@ def takes_from_base(config: Any) -> str | None:
     return f"{reason}: PEFT changes the base's weights whenever it loads the adapter" if reason else None
 
 
+def keeps_apart(config: Any) -> str | None:
+    """Return why PyTorch holds no other adapter rightly beside this one, or None: the base that they share is changed."""
+    return next((reason for applies, reason in _changes(config) if applies), None)
+
+
 def _has(config: Any, field: str) -> bool:
     return bool(getattr(config, field, None))
 
@@ -74,13 +79,17 @@ def _padding(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
     ]
 
 
-def _second(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
+def _changes(config: Any) -> list[tuple[bool, str]]:
     return [
         (_has(config, "layer_replication"), "a second adapter replicates the layers again"),
         (takes_from_base(config) is not None, "a second adapter takes its factors off the base's weights again"),
-        (method in {"ADALORA", "XLORA", "ADAPTION_PROMPT", "SHADOW"}, f"PEFT takes one {method} adapter at a time"),
         (getattr(config, "bias", "none") not in ("none", None), "PEFT takes one adapter with trained biases at a time"),
     ]
+
+
+def _second(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:
+    alone = {"ADALORA", "XLORA", "ADAPTION_PROMPT", "SHADOW"}
+    return [*_changes(config), (method in alone, f"PEFT takes one {method} adapter at a time")]
 
 
 def _mixed(method: str, config: Any, tied: bool) -> list[tuple[bool, str]]:

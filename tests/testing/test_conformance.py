@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
 from QEfficient import testing
@@ -98,6 +99,25 @@ def test_graph_of_other_structure_is_exported_apart(folders: Folders, tmp_path: 
     found = testing.run(folders.base, given, only=["graph.prefill"], greedy_tokens=4)
     assert found.verdict is Outcome.PASS, found.with_outcome(Outcome.FAIL)
     assert [r.subject for r in found.results] == ["base", "narrow", "base", "one"]
+
+
+def test_adapters_that_share_no_base_are_tested_apart(tmp_path: Path):
+    """PEFT takes one adapter with trained biases at a time: that is no fault of the second, and it is tested all the same."""
+    base = save_base(tmp_path / "base", "qwen2")
+    given = {n: save_adapter(base, tmp_path / n, seed=i, config=lora(bias="lora_only")) for i, n in enumerate("ab")}
+    given["sound"] = save_adapter(base, tmp_path / "sound", seed=3)
+    asked = ["pytorch.deterministic", "pytorch.gradients", "pytorch.several", "graph.prefill"]
+    found = testing.run(base, given, only=asked, greedy_tokens=4)
+    assert [(r.subject, r.name, r.message) for r in found.with_outcome(Outcome.FAIL)] == []
+    assert [r.subject for r in found.results if r.name == "pytorch.deterministic"] == ["base", "sound", "a", "b"]
+    assert [r.subject for r in found.results if r.name == "graph.prefill"] == ["base", "sound", "a", "b"]
+    assert ["apart" in r.message for r in found.results if r.name == "pytorch.several"] == [False, True, True]
+
+    tensors = load_file(given["b"] / "adapter_model.safetensors")
+    broken = next(n for n in tensors if "lora_B" in n)
+    save_file({**tensors, broken: tensors[broken] * np.nan}, given["b"] / "adapter_model.safetensors")
+    found = testing.run(base, given, only=["pytorch.effect"], greedy_tokens=4)
+    assert [r.subject for r in found.with_outcome(Outcome.FAIL)] == ["b"]
 
 
 def test_other_models_pass(tmp_path: Path):
