@@ -18,6 +18,7 @@ from QEfficient.export.caches import RECURRENT, GraphCache, Shape, ShapeCache, f
 from QEfficient.export.layers import Layer, Learning, Marking, find_layers
 from QEfficient.export.lift import Lifted
 from QEfficient.export.positions import RowPositions
+from QEfficient.export.recurrence import limited_steps
 from QEfficient.export.repairs import Repairs
 from QEfficient.export.skeleton import uncounted_token
 
@@ -76,6 +77,7 @@ class Program(nn.Module):
         with (
             self._last_token_only(position_ids),
             _first_task(self.inner),
+            limited_steps(self.inner),
             Repairs(),
             RowPositions(position_ids),
         ):

@@ -4,6 +4,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.export.positions import PastLength, RowPositions
@@ -44,6 +45,24 @@ def test_recurrent_session(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match="row 0 is at position 2 and cannot go to 1"):
         session.run(ids[:, :1], np.array([[1]]))
     assert np.array_equal(session.run(ids, np.array([[0, 1, 2]])), first)
+
+
+def test_time_steps_are_limited(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """One token at a time, time steps are kept within the limit that transformers keeps where it takes many at once."""
+    config = tiny_model("mamba2").config
+    config.time_step_limit = (0.02, 0.05)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        whole = model(ids).logits[0, -1].numpy()
+        kept = model(ids[:, :-1], use_cache=True).cache_params
+        stepped = model(ids[:, -1:], cache_params=kept, use_cache=True).logits[0, -1].numpy()
+    session = OrtSession(export_graph(model, tmp_path / "graph"), threads=1)
+    session.allocate(1, 16)
+    got = session.run(ids.numpy(), np.arange(12)[None])[0, -1]
+    assert np.abs(got - whole).max() < 1e-5 * np.ptp(whole)
+    assert np.abs(stepped - whole).max() > 1e-3 * np.ptp(whole)  # transformers with its cache: why this is a repair
 
 
 @pytest.mark.parametrize("way", ["range", "sum", "table"])
