@@ -18,6 +18,7 @@ import psutil
 _PEERS = {
     "onnxruntime_genai": "onnxruntime-genai",
     "llama_cpp": "llama-cpp-python",
+    "trl": "trl",
 }
 
 

@@ -102,6 +102,9 @@ class TrainConfig:
         "", "Ray cluster to train on; default: that of RAY_ADDRESS, or of this machine.", metavar="ADDRESS"
     )
     seed: int = option(42, "Seed of the adapter's initial values and of the data's order.")
+    deterministic: bool = option(
+        False, "Compute on a GPU the same each time, to the bit, at the cost of speed; on a CPU that is so anyway."
+    )
     dtype: str = option("float32", "Type of the base's weights.", choices=("float32", "bfloat16", "float16"))
     quantization: str = option(
         "none",

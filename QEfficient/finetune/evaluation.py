@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 from QEfficient.finetune.batches import FILLER, ClassCollator, Collator
 from QEfficient.finetune.data import IGNORED, Example
@@ -104,5 +105,6 @@ def _batches(
 def _over_processes(values: torch.Tensor) -> torch.Tensor:
     """Return the sum over all processes."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        values = values.to(PartialState().device)  # a model that is yet to be sharded is not there
         torch.distributed.all_reduce(values)
     return values

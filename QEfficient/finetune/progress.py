@@ -114,10 +114,11 @@ class StopCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Ask for a checkpoint; processes agree, because the signal may reach them in different steps."""
-        asked = torch.tensor([self._heard], device=args.device)
+        self.stopped = self._heard
         if args.world_size > 1:
+            asked = torch.tensor([self._heard], device=args.device)
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        self.stopped = int(asked.item())
+            self.stopped = int(asked.item())
         if self.stopped and state.global_step < state.max_steps:
             control.should_save = True
 

@@ -21,6 +21,7 @@ from QEfficient.finetune.batches import ClassCollator, Collator, Rows
 from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
 from QEfficient.finetune.data import Example, digest
+from QEfficient.finetune.determinism import deterministic
 from QEfficient.finetune.evaluation import evaluate, perplexity, score
 from QEfficient.finetune.model import count_parameters, tasks_of
 from QEfficient.finetune.progress import ProgressCallback, StopCallback
@@ -85,7 +86,7 @@ def train(
     refuse_leftovers(config)
     console = console or Console(stderr=True)
     metrics: dict[str, float] = {}
-    with memory_kept(), _use_cache_restored(model):
+    with memory_kept(), deterministic(config.deterministic), _use_cache_restored(model):
         trainer, checkpoint = _prepared(config, model, tokenizer, train_set, val_set or [], len(classes), console)
         if val_set:
             before = score(model, val_set, tokenizer.pad_token_id, config.val_batch_size, classes=len(classes))
@@ -146,8 +147,6 @@ def _prepared(
     if config.gradient_checkpointing:
         preflight.check_recomputing(model)
     collator = ClassCollator(pad) if classes else Collator(pad, packed=config.packing, tasks=tasks)
-    if isinstance(collator, Collator) and collator.packed:
-        preflight.check_packing(model, rows, collator)
     root, made_by = checkpoints.folder_for(config.output_dir), checkpoints.facts(config, digest(train_set))
     checkpoint = None
     if config.resume:
@@ -159,6 +158,8 @@ def _prepared(
         )
         console.print(f"resuming {where}", highlight=False)
     trainer = AdapterTrainer(config, model, rows, collator, val_set, root=root, made_by=made_by, classes=classes)
+    if isinstance(collator, Collator) and collator.packed:
+        preflight.check_packing(model, rows, collator)  # with the attention of the device that it is trained on
     if trainer.is_world_process_zero() and not config.resume:
         shutil.rmtree(root, ignore_errors=True)
     return trainer, checkpoint

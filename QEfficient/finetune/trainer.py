@@ -4,10 +4,12 @@
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
@@ -45,7 +47,6 @@ class AdapterTrainer(Trainer):
         arguments = training_arguments(config, len(rows), root)
         self.root, self.made_by, self._config, self._val_set = root, made_by, config, val_set
         self._classes = classes
-        self._chooses = isinstance(collator, Collator) and chooses_logits(model, rows, collator)
         self._aside, self._pad_token_id = root / ".tmp", collator.pad_token_id
         self._started, self._seconds_before = time.perf_counter(), 0.0
         self.order = EpochOrder(rows, per_step(config), config.seed, by_length=config.group_by_length)
@@ -57,6 +58,10 @@ class AdapterTrainer(Trainer):
             data_collator=collator,
             compute_loss_func=class_loss if classes else None,
         )
+        with suppress(OSError):
+            root.rmdir()  # made already, but wanted with the first checkpoint
+        # By now the model is where it is trained, unless it is to be sharded first.
+        self._chooses = isinstance(collator, Collator) and chooses_logits(model, rows, collator)
         self.add_callback(_EpochCallback(self.order, len(rows) // per_step(config)))
         self.sharding = ShardedCallback() if config.fsdp else None
         if self.sharding:
@@ -231,7 +236,7 @@ def training_arguments(config: TrainConfig, rows: int, root: Path) -> TrainingAr
         **sharding,
     )
     processes = arguments.world_size
-    if config.fsdp and processes == 1:
+    if config.fsdp and arguments.distributed_state.distributed_type == DistributedType.NO:
         raise ConfigError(
             "fsdp shards over processes, and there is one: start several with torchrun, or give --engine ray and --workers"
         )

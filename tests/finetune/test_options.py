@@ -174,6 +174,7 @@ def test_packing_is_refused_where_examples_would_mix(
     options = {"peft_config_file": path, "lora_r": None, "packing": True, "context_length": 64}
     with pytest.raises(UnsupportedError, match="Leave --packing out"):
         run(base_folder, tmp_path / "a", examples, **options)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_processes_share_the_batch() -> None:

@@ -66,6 +66,22 @@ def test_same_seed_gives_the_same_adapter(base_folder: Path, tmp_path: Path, exa
     assert a != c
 
 
+def test_deterministic_lasts_as_long_as_the_training(
+    base_folder: Path, tmp_path: Path, examples: list[Example]
+) -> None:
+    """PyTorch refuses what it cannot compute the same each time, and only then."""
+    for wanted in (False, True):
+        config = TrainConfig(output_dir=tmp_path / str(wanted), max_train_step=1, deterministic=wanted)
+        base, tokenizer = load_model_and_tokenizer(TrainConfig(model_name=str(base_folder)), None)
+        seen = []
+        base.lm_head.register_forward_hook(
+            lambda *args, seen=seen: seen.append(torch.are_deterministic_algorithms_enabled())
+        )
+        train(config, apply_peft(base, config), tokenizer, examples, console=QUIET)
+        assert set(seen) == {wanted}
+        assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_accumulated_steps_are_large_batches(base_folder: Path, tmp_path: Path, examples: list[Example]) -> None:
     """One batch of four and four of one give the same losses, though the examples' lengths differ."""
     _, whole = run(base_folder, tmp_path / "a", examples, train_batch_size=4, gradient_accumulation_steps=1)
