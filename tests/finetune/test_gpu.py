@@ -171,8 +171,10 @@ def test_adapter_passes_the_test(trainings: Trainings) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("style", ["llama", "mistral", "qwen2", "qwen3", "gemma2"])
+@pytest.mark.parametrize(
+    ("style", "attention"),
+    [*((style, "sdpa") for style in ("llama", "mistral", "qwen2", "qwen3")), ("llama", "eager"), ("gemma2", "eager")],
+)
 def test_packed_examples_do_not_see_each_other(style: str, attention: str, dtype: torch.dtype) -> None:
     """Other tokens in one example of a row change no logit of those beside it, to the bit."""
     model = make_base(STYLES[style]).to("cuda", dtype)
