@@ -74,6 +74,7 @@ class Residents:
 
     Attributes:
         evictions: Versions that went because others needed their memory.
+        on_empty: Called when the last version has gone; whoever wants to know puts it here. It must not wait for anything.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Residents:
             raise ConfigError(f"adapters need at least 1 byte of memory, not {max_bytes}")
         self.max_bytes, self.evictions = max_bytes, 0
         self._session, self._on_drop = session, on_drop
+        self.on_empty: Callable[[], None] = lambda: None
         self._changed = threading.Condition(threading.RLock())
         self._numbers = itertools.count(1)
         self._moments = itertools.count(1)
@@ -223,6 +225,8 @@ class Residents:
             del self._here[resident.version]
             self._session.unload_adapter(resident.version)
             self._on_drop(resident.version)
+            if not self._here:
+                self.on_empty()
 
     def _make_room(self, made: Resident, seconds: float) -> None:
         """Evict what was not used for longest until all that is left fits."""

@@ -52,6 +52,9 @@ class Source(Protocol):
     def prepare(self, name: str, folder: Path, digest: str) -> None:
         """Make ready what :meth:`tensors` then reads; takes its time, and a thread of its own."""
 
+    def tidy(self) -> bool:
+        """Let go of engines that hold no adapter any more; return whether there were any."""
+
 
 @dataclass(slots=True)
 class Counts:
@@ -109,6 +112,7 @@ class Entry:
         folder: Where it lies, once it was fetched.
         digest: Of its files, once they were checked.
         refused: Why it is not served.
+        unprepared: It was refused when it was prepared; that may go better once an engine has gone.
         warnings: What the checks warned of.
         loads: How often it was loaded.
         load_seconds: The last time.
@@ -123,6 +127,7 @@ class Entry:
     folder: Path | None = None
     digest: str = ""
     refused: str = ""
+    unprepared: bool = False
     warnings: tuple[str, ...] = ()
     loads: int = 0
     load_seconds: float = 0.0

@@ -2,12 +2,13 @@
 """The engines of one base: one for each graph, because no graph takes adapters of every kind.
 
 The first serves the base and, as a rule, LoRA. An adapter that fits none of the graphs here (DoRA, IA3, ``modules_to_save``, …) gets one of its
-own kind.
+own kind, which goes with the last adapter of that kind.
 """
 
+import gc
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +66,7 @@ class Lanes:
         most: Most engines: each holds the base's weights and a cache of its own.
         compiling: How graphs are compiled.
         preparer: Makes adapters and graphs ready.
+        on_empty: Called when an engine besides the first has lost its last adapter; it must not wait for anything.
     """
 
     base: str
@@ -73,16 +75,20 @@ class Lanes:
     most: int = 1
     compiling: Mapping[str, Any] = field(default_factory=dict)
     preparer: Preparer = field(default_factory=Preparer)
-    _all: list[Lane] = field(init=False)
+    on_empty: Callable[[], None] = lambda: None
+    _all: tuple[Lane, ...] = field(init=False)
     _opening: threading.Lock = field(default_factory=threading.Lock)
+    _changing: threading.Lock = field(default_factory=threading.Lock)
+    _gone: Stats = field(default_factory=lambda: Stats(slots=0))
+    _gone_evictions: int = 0
 
     def __post_init__(self) -> None:
         """Begin with one."""
-        self._all = [self.first]
+        self._all = (self.first,)
 
     def __iter__(self) -> Iterator[Lane]:
         """Return those that are there now."""
-        return iter(tuple(self._all))
+        return iter(self._all)
 
     def __len__(self) -> int:
         """Return how many there are."""
@@ -109,27 +115,45 @@ class Lanes:
                 Wanted(self.base, key, name, folder, tuple(lane.graph for lane in self), most, self.compiling)
             )
             if program is not None and self.open is not None:
-                self._all.append(Lane(graph, self.open(program)))
+                lane = Lane(graph, self.open(program))
+                lane.engine.residents.on_empty = lambda: self.on_empty()
+                with self._changing:
+                    self._all += (lane,)
+
+    def close_empty(self) -> bool:
+        """Close all engines but the first that hold no adapter; return whether there were any.
+
+        Whoever calls this loads no adapter at that moment.
+        """
+        empty = [lane.engine for lane in self._all[1:] if not len(lane.engine.residents)]
+        for engine in empty:
+            with self._changing:
+                done = engine.stats().copy(slots=0, active=0, waiting=0, prefix_bytes=0)
+                self._gone = _total([self._gone, done])
+                self._gone_evictions += engine.residents.evictions
+                self._all = tuple(lane for lane in self._all if lane.engine is not engine)
+            engine.close(timeout=0.0)
+        if not empty:
+            return False
+        del engine, empty
+        gc.collect()  # an engine and its adapters know each other: weights and cache would wait for that
+        return True
 
     def stats(self) -> Stats:
-        """Return the counts of all engines together."""
-        found = [lane.engine.stats() for lane in self]
-        total: dict[str, Any] = {}
-        for one in found:
-            for key in one.__slots__:
-                value = getattr(one, key)
-                total[key] = total.get(key, Counter() if isinstance(value, Counter) else 0) + value
-        return Stats(**total)
+        """Return the counts of all engines together, those that were closed included."""
+        with self._changing:
+            return _total([self._gone, *(lane.engine.stats() for lane in self)])
 
     def memory(self) -> dict[str, int | None]:
         """Return of all engines together: adapters in memory, their bytes, most bytes (``None``: any), evictions."""
-        found = [lane.engine.residents for lane in self]
+        with self._changing:
+            found, gone = [lane.engine.residents for lane in self], self._gone_evictions
         bounds = [r.max_bytes for r in found if r.max_bytes is not None]
         return {
             "adapters": sum(len(r) for r in found),
             "bytes": sum(r.bytes for r in found),
             "limit": sum(bounds) if bounds else None,
-            "evictions": sum(r.evictions for r in found),
+            "evictions": gone + sum(r.evictions for r in found),
         }
 
     def stop(self) -> None:
@@ -141,3 +165,12 @@ class Lanes:
         self.stop()
         for lane in self:
             lane.engine.close(timeout=timeout)
+
+
+def _total(found: Iterable[Stats]) -> Stats:
+    total: dict[str, Any] = {}
+    for one in found:
+        for key in one.__slots__:
+            value = getattr(one, key)
+            total[key] = total.get(key, Counter() if isinstance(value, Counter) else 0) + value
+    return Stats(**total)

@@ -112,6 +112,10 @@ class Loader:
         """
         self._lanes.prepare(content_key(digest), name, folder)
 
+    def tidy(self) -> bool:
+        """Close engines without adapters; return whether there were any."""
+        return self._lanes.close_empty()
+
     def _scalings_of(self, adapter: Adapter) -> dict[str, float] | None:
         """Return an adapter's scalings, ``None`` if it has more than matrices of linear layers."""
         fields = {k: v for k, v in plain(adapter.config.to_dict()).items() if k != "base_model_name_or_path"}

@@ -133,6 +133,11 @@ class Registry:
         """
         return self._result(name, self.ask(name), seconds)
 
+    def tidy(self) -> None:
+        """Let engines go that hold no adapter any more, as soon as none is being loaded."""
+        with suppress(RuntimeError):  # closed
+            self._worker.submit(self._tidy)
+
     def close(self) -> None:
         """Load nothing any more; who waits is refused."""
         with self._lock:
@@ -200,6 +205,7 @@ class Registry:
                 return
         except Exception as e:  # whatever is wrong with one adapter, the others go on
             self._refuse(entry, e)
+            self._tidy()  # an engine may have been made for it
             return
         seconds = time.perf_counter() - start
         with self._lock:
@@ -210,12 +216,24 @@ class Registry:
             self._arrive(entry, resident)
         self.on_load(entry.name, seconds)
 
+    def _tidy(self) -> None:
+        with self._lock:
+            for entry in self._current.values():
+                if entry.resident is not None and entry.resident.gone:
+                    entry.resident = None  # it knows the engine that it was in
+        if self.source.tidy():
+            with self._lock:
+                for entry in self._current.values():
+                    if entry.unprepared:
+                        entry.refused, entry.unprepared = "", False
+
     def _prepare(self, entry: Entry) -> None:
         """Make an adapter ready that cannot be loaded as it lies there; then load it."""
         try:
             self.source.prepare(entry.name, entry.folder or Path(), entry.digest)
             self._worker.submit(self._load, entry)
         except Exception as e:  # as above
+            entry.unprepared = True
             self._refuse(entry, e)
 
     def _bring(self, entry: Entry) -> Resident | None:

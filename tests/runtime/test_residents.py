@@ -75,6 +75,22 @@ def test_a_version_stays_as_long_as_it_is_held(tiny, session):
         residents.find("a@1")
 
 
+def test_who_wants_to_know_is_told_when_the_last_has_gone(tiny, session, size):
+    """Once for each time that none is left; not when one makes room for another, and not while somebody uses the last."""
+    told = []
+    residents = Residents(session, max_bytes=size)
+    residents.on_empty = lambda: told.append(len(residents))
+    residents.load("a", tiny.adapters["one"])
+    residents.load("b", tiny.adapters["one"])
+    residents.load("b", tiny.adapters["two"])
+    assert told == []
+    held = residents.hold("b")
+    residents.unload("b")
+    assert told == []
+    residents.release(held)
+    assert told == [0]
+
+
 def test_what_cannot_be_an_adapter(tiny, session, size):
     """Names that mean something, values that are not finite, tensors larger than all may be: refused, nothing stays."""
     residents = Residents(session, max_bytes=size - 1)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Adapters of every kind from one server: what does not fit the first graph gets one of its own, and answers as PyTorch does."""
 
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,73 @@ def test_as_many_graphs_as_may_be(make: Callable[..., Server], kinds: Any) -> No
     with pytest.raises(AdapterMismatchError, match="--graphs"):
         server.registry.acquire("dora", seconds=600)
     assert len(answers(server, ["one"])["one"]) > 0
+
+
+def test_a_graph_goes_with_its_last_adapter(make: Callable[..., Server], place: Place, kinds: Any) -> None:
+    """Not before the last request has ended; then weights and cache are free, and another kind may come in its place."""
+    server = make({n: kinds[n] for n in ("one", "dora", "ia3")})
+    assert answers(server, ["dora"])["dora"] == expected(place.base, kinds["dora"])
+    with pytest.raises(AdapterMismatchError, match="--graphs"):
+        server.registry.acquire("ia3", seconds=600)
+    engine = list(server.lanes)[1].engine
+    there = [weakref.ref(o) for o in (engine, engine._session)]
+    lease, before = server.registry.acquire("dora"), server.lanes.stats()
+    request = Request(prompt_ids=PROMPT, adapter=lease.version, max_new_tokens=40)
+    stream = engine.submit(request)
+    server.registry.unregister("dora")
+    lease.release()
+    assert stream.wait(600)
+    assert len(stream.tokens) == 40
+    del engine, lease, stream
+    wait_for(lambda: len(server.lanes) == 1)
+    wait_for(lambda: not any(o() for o in there))
+    wait_for(lambda: not any(e.refused for e in server.registry.entries()))
+    after = server.lanes.stats()
+    assert (after.slots, after.active, after.waiting) == (4, 0, 0)
+    assert after.new_tokens == before.new_tokens + 40
+    assert after.decode_seconds > before.decode_seconds
+    # What found no room before does now; what comes back later answers as before.
+    assert answers(server, ["ia3"])["ia3"] == expected(place.base, kinds["ia3"])
+    server.registry.unregister("ia3")
+    server.registry.register("dora", kinds["dora"])
+    assert answers(server, ["dora", "one"])["dora"] == expected(place.base, kinds["dora"])
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait until something is so."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("start", ["pissa", pytest.param("olora", marks=pytest.mark.slow)])
+def test_adapters_for_which_peft_changes_the_base(
+    make: Callable[..., Server], place: Place, kinds: Any, start: str
+) -> None:
+    """They have a base of their own: PyTorch's answers, and the base and LoRA keep theirs; one of another rank does not fit theirs."""
+    made = {
+        f"{start}{rank}": save_adapter(
+            place.base,
+            place.adapters / f"{start}{rank}",
+            seed=9,
+            scale=0.3,
+            config=lora(r=rank, init_lora_weights=start),
+        )
+        for rank in (4, 2)
+    }
+    first, second = made
+    server = make({"one": kinds["one"], **made})
+    plain = answers(server, ["one", "base"])
+    assert answers(server, ["one", first, "base"]) == {**plain, first: expected(place.base, made[first])}
+    assert plain["one"] == expected(place.base, kinds["one"])
+    assert len(server.lanes) == 2
+    with pytest.raises(AdapterMismatchError, match="--graphs"):
+        server.registry.acquire(second, seconds=600)
+    assert answers(server, ["one", "base"]) == plain
+    server.registry.unregister(first)
+    wait_for(lambda: not any(e.refused for e in server.registry.entries()))
+    assert answers(server, [second, "one"]) == {second: expected(place.base, made[second]), "one": plain["one"]}
 
 
 @pytest.mark.slow
