@@ -92,7 +92,11 @@ def _rows(path: Path, name: str) -> list[Any]:
 
 def base_folder(base: str) -> Path | None:
     """Return where a base lies on this machine, given a folder or a Hub id; None if it does not."""
-    found = checkpoint_folder(Path(base).expanduser() if Path(base).expanduser().is_dir() else base)
+    folder = Path(base).expanduser()
+    try:
+        found = checkpoint_folder(folder if folder.is_dir() else base)
+    except ValueError:  # neither a folder nor an id: a path of another machine
+        return None
     return found.resolve() if found is not None and (found / "config.json").is_file() else None
 
 

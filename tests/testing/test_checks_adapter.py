@@ -15,7 +15,7 @@ from QEfficient.testing.checks_adapter import CHECKS
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from QEfficient.testing.selection import Selection
 from tests.testing.conftest import Folders
-from tests.testing.planted_adapters import ADAPTER_FAULTS, Fault
+from tests.testing.planted_adapters import ADAPTER_FAULTS, Fault, config
 from tests.tiny import SHAPE, lora, save_adapter, save_base
 
 
@@ -226,3 +226,14 @@ def test_hanging_adapter_takes_no_other_along(folders: Folders):
     found = dict(in_processes(given, str(folders.base), Selection(), 2, 10, hangs_at_two))
     assert [name for name, one in found.items() if one.error] == ["two"]
     assert "no answer within 10 s" in found["two"].results[0].message
+
+
+@pytest.mark.parametrize("recorded", ["/home/somebody/models/base-7b", r"C:\models\base-7b", "owner/base-7b"])
+def test_a_base_of_another_machine_is_no_fault(folders: Folders, tmp_path: Path, recorded: str):
+    """A recorded place that is not here can only be pointed out: the adapter is sound, and is served."""
+    folder = Path(shutil.copytree(folders.one, tmp_path / "one"))
+    config(base_model_name_or_path=recorded)(folder)
+    only = Selection(only=("adapter.base",))
+    found = examine("one", folder, str(folders.base), AutoConfig.from_pretrained(folders.base), only).results[0]
+    assert found.outcome is Outcome.WARN, found.message
+    assert f"It records {recorded!r} as its base" in found.message
