@@ -2,9 +2,11 @@
 """One adapter as it lies on disk, and what the base expects of it. No model runs: the base exists only as shapes."""
 
 import copy
+import json
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,20 +85,40 @@ def read_adapter(name: str, path: str | Path, base: str, base_config: Any) -> Ad
 
 def _refuse_wrong_types(name: str, config: Any) -> None:
     """Refuse numbers that are none: what PEFT makes of them names neither field nor value."""
-    for field in ("r", "lora_alpha", "lora_dropout"):
-        value = getattr(config, field, 0)
+    for number in ("r", "lora_alpha", "lora_dropout"):
+        value = getattr(config, number, 0)
         if not isinstance(value, int | float):
             raise ArtifactError(
-                f"adapter {name!r} cannot be used: adapter_config.json says {field} {value!r}, which must be a number; correct it"
+                f"adapter {name!r} cannot be used: adapter_config.json says {number} {value!r}, which must be a number; correct it"
             )
 
 
 def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """Return what PEFT would save for ``config`` on the base, and the base's own tensors, names to shapes.
 
+    Many adapters of one base mostly have one configuration: what was made for it last is kept.
+
     Raises:
         AdapterMismatchError: PEFT cannot put such an adapter on this base.
     """
+    fields = {**config.to_dict(), "base_model_name_or_path": None, "revision": None}
+    said = json.dumps(fields, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    return _expected(_Pair(base_config.to_json_string(use_diff=False) + said, base_config, config, name))
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A base's and an adapter's configuration, known by what they say."""
+
+    said: str
+    base_config: Any = field(compare=False)
+    config: Any = field(compare=False)
+    name: str = field(compare=False)
+
+
+@lru_cache(maxsize=8)
+def _expected(pair: _Pair) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    base_config, config, name = pair.base_config, pair.config, pair.name
     try:
         return _build(base_config, config, "meta")
     except NotImplementedError:  # a few methods look at values when they are made

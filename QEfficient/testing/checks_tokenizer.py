@@ -10,7 +10,7 @@ from QEfficient.testing.check import Check, Finding, failed, passed, skipped
 from QEfficient.testing.checks_identity import IN_NAMES, OUT_NAMES, base_folder, read_json
 from QEfficient.testing.report import Outcome
 from QEfficient.testing.text import listed
-from QEfficient.testing.tokenization import differing_setting, differing_text
+from QEfficient.testing.tokenization import Content, differing_setting, differing_text
 
 
 def _ask_tokenizer(files: AdapterFiles, subject: str) -> Finding:
@@ -27,7 +27,7 @@ def _ask_tokenizer(files: AdapterFiles, subject: str) -> Finding:
         text = f"Its tokenizer has {len(beyond)} tokens beyond the embedding's {rows} rows, first {beyond[0][1]!r} (id {beyond[0][0]})"
         return failed(f"{text}: they crash or read another row. Resize the embeddings as in training.", len(beyond))
     theirs = (_token_ids(base) if base is not None else None) or {}
-    other = sorted((i, t) for t, i in ours.items() if theirs and theirs.get(t, i) != i)
+    other = [] if ours is theirs else sorted((i, t) for t, i in ours.items() if theirs and theirs.get(t, i) != i)
     if other:
         text = f"{len(other)} tokens have other ids than in the base's tokenizer, first {other[0][1]!r}: {other[0][0]}, base {theirs[other[0][1]]}"
         return failed(f"{text}. The adapter was trained with another tokenizer; use that one.", len(other))
@@ -122,14 +122,14 @@ def _template(folder: Path) -> str | None:
 def _token_ids(folder: Path) -> dict[str, int] | None:
     path = folder / "tokenizer.json"
     if path.is_file():
-        return _tokenizer_json(path, path.stat().st_size, path.stat().st_mtime_ns)
+        return _tokenizer_json(Content.of(path))
     added = folder / "added_tokens.json"
     return {str(k): int(v) for k, v in read_json(added).items()} if added.is_file() else None
 
 
 @lru_cache(maxsize=8)
-def _tokenizer_json(path: Path, size: int, modified: int) -> dict[str, int]:
-    content = read_json(path)
+def _tokenizer_json(file: Content) -> dict[str, int]:
+    content = read_json(file.path)
     vocab = content.get("model", {}).get("vocab", {})
     pairs = vocab.items() if isinstance(vocab, dict) else ((entry[0], i) for i, entry in enumerate(vocab))
     found = {str(token): int(i) for token, i in pairs}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Do two tokenizers make the same tokens of the same text? Both are asked: their files can say the same in many ways."""
 
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +20,19 @@ _TEXTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file, known by its content: adapters of one training mostly carry the same tokenizer."""
+
+    digest: str
+    path: Path = field(compare=False)
+
+    @classmethod
+    def of(cls, path: Path) -> "Content":
+        """Read a file's digest."""
+        return cls(digest_file(path), path)
+
+
 def differing_setting(ours: dict[str, object], theirs: dict[str, object]) -> str:
     """Say which field of two ``tokenizer_config.json`` changes the tokens of a text; ``""`` if none does."""
     for key in _SETTINGS:
@@ -29,14 +43,14 @@ def differing_setting(ours: dict[str, object], theirs: dict[str, object]) -> str
 
 def differing_text(ours: Path, theirs: Path) -> str:
     """Say how the tokens of two ``tokenizer.json`` differ; ``""`` if they do not, or one of them cannot be read."""
-    mine, base = digest_file(ours), digest_file(theirs)
-    return "" if mine == base else _compare(ours, theirs, mine, base)
+    mine, base = Content.of(ours), Content.of(theirs)
+    return "" if mine == base else _compare(mine, base)
 
 
 @lru_cache(maxsize=64)
-def _compare(ours: Path, theirs: Path, mine: str, base: str) -> str:
+def _compare(mine: Content, base: Content) -> str:
     try:
-        one, other = (Tokenizer.from_file(str(path)) for path in (ours, theirs))
+        one, other = (Tokenizer.from_file(str(file.path)) for file in (mine, base))
     except Exception:  # noqa: BLE001, RUF100 -- what cannot be read is not compared: other checks say so
         return ""
     for tokenizer in (one, other):
