@@ -4,10 +4,11 @@
 A Llama of Qwen2.5-0.5B's width cut to some layers, LoRA on all seven projections, random text. A run is who/data/type. "equal"
 are examples of one length; "mixed" are mostly short ones, where padding costs. "kept" is the bare ``Trainer`` with the allocator
 set as ours sets it (:mod:`QEfficient.finetune.allocator`). "autocast" is a bfloat16 base whose adapter's products are made in
-bfloat16, too: an option of the peers. Speed is that of the median step times the real tokens of an average step. The share of
-peak is what had to be computed (:mod:`flops`) in that time, of what a matrix product of the type reached in the same process.
-Where other jobs share the machine, compare the processor time for a thousand tokens instead: it counts our own work only.
-Prints a table, then one JSON line.
+bfloat16, too: an option of the peers; on a GPU ours does so by itself.
+
+Speed is that of the median step times the real tokens of an average step. The share of peak is what had to be computed
+(:mod:`flops`) in that time, of what a matrix product of the type reached in the same process. Where other jobs share the machine,
+compare the processor time for a thousand tokens instead: it counts our own work only. Prints a table, then one JSON line.
 
     python benchmarks/finetune.py [--runs ours/equal/float32 --runs bare/equal/float32]
     python benchmarks/finetune.py --layers 24 --batch 16 --length 1024 --steps 20        # for a GPU
@@ -96,6 +97,11 @@ def pairs(found: dict[str, Any]) -> list[tuple[str, str, str]]:
         who, data, dtype = run.split("/")
         if who == "ours":
             wanted += [(f"{run} to {named[peer][data]}", run, f"{peer}/{data}/{dtype}") for peer in named]
+            wanted += [
+                (f"{run} to {named[peer][data]}, autocast", run, f"{peer}/{data}/autocast")
+                for peer in named
+                if dtype == "bfloat16"
+            ]
             wanted += [(f"{run} to float32", run, f"ours/{data}/float32")] if dtype == "bfloat16" else []
     return [pair for pair in wanted if pair[2] in found]
 
@@ -165,7 +171,8 @@ def make_model(layers: int, length: int, dtype: Any) -> Any:
     torch.manual_seed(0)
     shape = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "num_key_value_heads": 2}
     shape |= {"vocab_size": VOCAB, "num_hidden_layers": layers, "max_position_embeddings": max(length, 2048)}
-    base = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        base = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=True, **shape))
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(base.to(dtype), lora)
 

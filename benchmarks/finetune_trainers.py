@@ -94,12 +94,14 @@ def ours(work: Work) -> Trained:
         context_length=work.length,
         packing=work.packing,
         gradient_checkpointing=work.recompute,
+        dtype=str(work.model.dtype).removeprefix("torch."),
         report_to=["none"],
     )
     rows = Rows(work.examples, work.batch, context_length=work.length if work.packing else 0)
     collator = Collator(0, packed=work.packing)
+    trainer = AdapterTrainer(config, work.model, rows, collator, [], root=work.folder / "out", made_by={})
     with memory_kept():
-        return _run(AdapterTrainer(config, work.model, rows, collator, [], root=work.folder / "out", made_by={}))
+        return _run(trainer, lambda: trainer.run(None))
 
 
 def bare(work: Work) -> Trained:
@@ -144,9 +146,9 @@ def trl(work: Work) -> Trained:
 TRAINERS: dict[str, Callable[[Work], Trained]] = {"ours": ours, "bare": bare, "kept": kept, "trl": trl}
 
 
-def _run(trainer: Any) -> Trained:
+def _run(trainer: Any, train: Callable[[], Any] | None = None) -> Trained:
     clock = Clock()
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(clock)
-    trainer.train()
+    (train or trainer.train)()
     return Trained(clock.times, trainer.state.num_input_tokens_seen)

@@ -72,6 +72,7 @@ def environment() -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # else everything else on the machine comes first
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",  # else a slow machine starts workers anew each minute, without end
         "PYTHONPATH": str(Path(__file__).parents[2]),
     }
 

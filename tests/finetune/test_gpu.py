@@ -19,12 +19,15 @@ from QEfficient.finetune.batches import Collator, Rows
 from QEfficient.finetune.data import IGNORED, Example
 from tests.finetune.test_classes import WORDS
 from tests.finetune.test_distributed import curve
+from tests.finetune.test_methods import METHODS, OF_EXPERTS, bases, check_loads, trained
 from tests.tiny import SHAPE, STYLES, make_base
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA GPU here"),
 ]
+
+__all__ = ["bases"]
 
 ROOT = Path(__file__).parents[2]
 PLAIN: dict[str, Any] = {"val_file": "val.jsonl", "max_train_step": 12, "lr": "1e-2", "lora_r": 2}
@@ -238,6 +241,13 @@ def test_adapter_learns_on_a_quantized_base(trainings: Trainings, kind: str) -> 
     pytest.importorskip(QUANTIZED[kind], reason="an optional library")
     metrics = trainings.metrics(kind)
     assert metrics["perplexity"] < metrics["perplexity_before"] / 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_is_trained_in_bfloat16(bases: dict[bool, Path], tmp_path: Path, method: str) -> None:
+    """Its products are made in bfloat16 there, whatever the type of its tensors; it is saved and loads again."""
+    base = bases[method == OF_EXPERTS]
+    check_loads(base, trained(base, method, tmp_path, dtype="bfloat16"))
 
 
 def test_nccl_under_torchrun_changes_nothing(trainings: Trainings) -> None:

@@ -32,8 +32,8 @@ def bases(base_folder: Path, tokenizer: Any, tmp_path_factory: pytest.TempPathFa
     return {False: base_folder, True: folder}
 
 
-def trained(base: Path, method: str, folder: Path) -> Path:
-    """Train a step of a method, and check that it was learned what the method learns."""
+def trained(base: Path, method: str, folder: Path, **options: Any) -> Path:
+    """Train a step of a method; return the adapter."""
     (folder / "method").mkdir()
     METHODS[method]().save_pretrained(str(folder / "method"))
     data = folder / "data.jsonl"
@@ -50,6 +50,7 @@ def trained(base: Path, method: str, folder: Path) -> Path:
         max_train_step=1,
         lr=1e-2,
         show_example=False,
+        **options,
     )
     return folder / "out"
 
