@@ -16,6 +16,7 @@ import numpy.typing as npt
 from QEfficient.contract import BASE
 from QEfficient.runtime.engine import Engine
 from QEfficient.testing.compare import Difference, Logits, difference
+from QEfficient.testing.loading import Loading
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Stage
 from QEfficient.testing.workload import Tokens, Workload
@@ -55,7 +56,7 @@ class Candidate:
         fitted: Adapter tensors made from the adapters' own folders for this graph.
         names: The adapters.
         broken: Why an adapter that lies in the graph folder cannot be used.
-        load_seconds: How long it took to open the folder and bind the adapters.
+        loading: What it took to open the folder and bind the adapters.
         has_base: It can run without an adapter.
         compile_mixed: Compiles the graph to a program that mixes adapters, if it can.
         make_engine: Opens that program to serve.
@@ -70,7 +71,7 @@ class Candidate:
     fitted: dict[str, Tensors]
     names: tuple[str, ...]
     broken: dict[str, str] = field(default_factory=dict)
-    load_seconds: float = 0.0
+    loading: Loading = field(default_factory=Loading)
     has_base: bool = True
     compile_mixed: Callable[[], Path] | None = None
     make_engine: Callable[..., Engine] = Engine

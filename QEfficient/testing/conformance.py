@@ -24,11 +24,12 @@ from QEfficient.testing.baseline import read_report
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.check import C, Check
 from QEfficient.testing.checks_efficiency import Budgets
-from QEfficient.testing.efficiency import measure
+from QEfficient.testing.efficiency import measure, of_loading
 from QEfficient.testing.genai import ASKED, opened_genai
 from QEfficient.testing.graphs import Graph, export_graphs, find_graph, opened
 from QEfficient.testing.inputs import describe_base
 from QEfficient.testing.known import keeps_apart
+from QEfficient.testing.loading import Loading
 from QEfficient.testing.precision import CHECKS as PRECISION_CHECKS
 from QEfficient.testing.precision import SAME_BITS, evaluate_rounded
 from QEfficient.testing.publish import publish
@@ -190,7 +191,7 @@ class _Tester:
         """Go through the stages that run the model; each subject through all of a graph's checks before the next."""
         if not self.wants(Stage.PYTORCH, Stage.GRAPH, Stage.PROGRAM) and self.eval_data is None and not self.tasks:
             return self.report
-        reference, seconds = self.load(greedy_tokens)
+        reference, loading = self.load(greedy_tokens)
         for name in (BASE, *self.names):
             self.check(Stage.PYTORCH, self.checks[Stage.PYTORCH], reference, name)
         if self.eval_data is not None:
@@ -204,7 +205,7 @@ class _Tester:
             return self.report
         for graph in self.graphs(reference):
             self.report.graph = self.report.graph or str(graph.folder)
-            self.stages(reference, graph, seconds if measure_speed and not self.selection.only else None, budgets)
+            self.stages(reference, graph, loading if measure_speed and not self.selection.only else None, budgets)
         return self.report
 
     def run_apart(self, name: str, greedy_tokens: int | None, measure_speed: bool, budgets: Budgets) -> None:
@@ -216,26 +217,25 @@ class _Tester:
         self.report.results += [r for r in found.results if r.subject == name]
         self.report.measurements += [m for m in found.measurements if m.subject == name]
 
-    def load(self, greedy_tokens: int | None) -> tuple[Reference, float]:
-        """Load base and adapters in PyTorch; return them and how long that took."""
+    def load(self, greedy_tokens: int | None) -> tuple[Reference, Loading]:
+        """Load base and adapters in PyTorch; return them and what that took."""
         self.progress("load", BASE)
         encode = tokenizer_of(self.base)
         text = self.config.get_text_config()
-        begin = time.perf_counter()
-        # The attention that follows the model's definition to the letter is the truth.
-        model = load_base(self.base, attn_implementation="eager")
-        seconds = time.perf_counter() - begin
+        with Loading() as loading:
+            # The attention that follows the model's definition to the letter is the truth.
+            model = load_base(self.base, attn_implementation="eager")
         count = greedy_tokens or default_tokens(model.num_parameters())
         # No test goes beyond what a graph of the base allows.
         workload = make_workload(
             text.vocab_size, longest_context(model), encode, count, self.tokens, uncounted_token(model)
         )
         reference = Reference(model, workload)
-        begin = time.perf_counter()
-        for name, path in list(self.paths.items()):
-            self.progress("load", name)
-            self.attach(reference, name, path)
-        return reference, seconds + time.perf_counter() - begin
+        with loading:
+            for name, path in list(self.paths.items()):
+                self.progress("load", name)
+                self.attach(reference, name, path)
+        return reference, loading
 
     def evaluate(self, reference: Reference) -> None:
         """Take the loss of base and adapters on the given text."""
@@ -286,7 +286,7 @@ class _Tester:
         with opened_genai(folder, reference, name) as candidate:
             self.check(Stage.GRAPH, checks, candidate, name)
 
-    def stages(self, reference: Reference, graph: Graph, pytorch_seconds: float | None, budgets: Budgets) -> None:
+    def stages(self, reference: Reference, graph: Graph, pytorch: Loading | None, budgets: Budgets) -> None:
         """Check graph and program, and measure the program."""
         with ExitStack() as stack:
             subjects = (BASE, *graph.fitted)
@@ -302,11 +302,10 @@ class _Tester:
                 self.check(Stage.PROGRAM, asked, candidate, name)
             if not exact:
                 self.judge_rounded(reference, candidate, subjects)
-            if pytorch_seconds is None or any(m.engine == "program" for m in self.report.measurements):
+            if pytorch is None or any(m.engine == "program" for m in self.report.measurements):
                 return
             found = self.measurements(reference, candidate.session, tuple(graph.fitted))
-            loads = [("pytorch", pytorch_seconds), ("program", candidate.load_seconds)]
-            found += [Measurement(engine, subjects[1], "load_seconds", seconds) for engine, seconds in loads]
+            found += of_loading({"pytorch": pytorch, "program": candidate.loading}, found, subjects[1])
             self.report.measurements += found
             for name in subjects:
                 self.check(Stage.EFFICIENCY, checks_efficiency.checks(budgets), found, name)

@@ -6,7 +6,7 @@ the machine does hits both; a value is the median of its repetitions, a ratio is
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from QEfficient.contract import BASE
 from QEfficient.runtime.session import Session
 from QEfficient.testing.engines import Engine, ProgramEngine, PyTorchEngine, fast_attention
 from QEfficient.testing.floor import Machine
+from QEfficient.testing.loading import Loading
 from QEfficient.testing.ratios import interval
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Measurement
@@ -216,6 +217,23 @@ def _memory(reference: Reference, session: Session, ctx_len: int, names: tuple[s
         for engine, parts in (("pytorch", pytorch), ("program", ours))
         for part in pytorch
     ]
+
+
+def of_loading(loadings: Mapping[str, Loading], found: list[Measurement], subject: str) -> list[Measurement]:
+    """Return what loading took, and what of it is none of the parts: an engine's own, and weights that it laid out once more.
+
+    Args:
+        loadings: By engine.
+        found: The parts of the memory among them.
+        subject: Of the measurements.
+    """
+    parts = {(m.engine, m.metric): m.value for m in found}
+    made = []
+    for engine, loading in loadings.items():
+        known = sum(parts.get((engine, f"memory_bytes.{part}"), 0.0) for part in ("weights", "adapters"))
+        made.append(Measurement(engine, subject, "load_seconds", loading.seconds))
+        made.append(Measurement(engine, subject, "memory_bytes.rest", max(0.0, loading.grown - known)))
+    return made
 
 
 def _floors(reference: Reference, found: list[Measurement], names: tuple[str, ...], tokens: int) -> list[Measurement]:

@@ -3,7 +3,6 @@
 
 import functools
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
 from QEfficient.runtime.session import OrtSession
 from QEfficient.store import verify_files
 from QEfficient.testing.candidate import Candidate, Tensors
+from QEfficient.testing.loading import Loading
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Stage
 
@@ -75,11 +75,10 @@ def opened(stage: Stage, graph: Graph, reference: Reference, precision: str = "f
         if missing := [n for n in Manifest.read(folder).files if not (folder / n).exists()]:
             raise ArtifactError(f"{folder} is not whole: {', '.join(missing)} is missing; export again")
         exported, broken = _exported(graph)
-        begin = time.perf_counter()
-        session = OrtSession(folder, verify=False)
-        for name, tensors in graph.fitted.items():
-            session.load_adapter(name, exported.get(name, tensors))
-        seconds = time.perf_counter() - begin
+        with Loading() as loading:
+            session = OrtSession(folder, verify=False)
+            for name, tensors in graph.fitted.items():
+                session.load_adapter(name, exported.get(name, tensors))
         names = tuple(graph.fitted)
         yield Candidate(
             stage,
@@ -90,7 +89,7 @@ def opened(stage: Stage, graph: Graph, reference: Reference, precision: str = "f
             graph.fitted,
             names,
             broken,
-            seconds,
+            loading,
             compile_mixed=mixed,
         )
 

@@ -31,7 +31,7 @@ SHARES = {
 }
 """Title of each share of what the machine can do at best, measured in the same run."""
 
-PARTS = {"weights": "Weights", "adapters": "Adapters", "cache": "KV cache"}
+PARTS = {"weights": "Weights", "adapters": "Adapters", "cache": "KV cache", "rest": "Rest"}
 """Title of each part of the memory; the metric is ``memory_bytes.<part>``."""
 
 

@@ -13,8 +13,10 @@ from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError
 from QEfficient.peft.loading import read_base_config
 from QEfficient.testing import Budgets
 from QEfficient.testing.checks_efficiency import checks, parse_share
+from QEfficient.testing.efficiency import of_loading
 from QEfficient.testing.floor import Machine
 from QEfficient.testing.graphs import Graph
+from QEfficient.testing.loading import Loading
 from QEfficient.testing.ratios import interval
 from QEfficient.testing.report import Measurement, Outcome, Report, Stage
 from tests.testing.conftest import Folders
@@ -72,6 +74,24 @@ def test_both_engines_are_measured(report: Report):
     weights = [report.value(e, "one", "memory_bytes.weights") for e in ("pytorch", "program")]
     assert weights[1] == pytest.approx(weights[0], rel=0.5)
     assert report.value("pytorch", "one", "memory_bytes.adapters") > 0
+    assert all(report.value(engine, "one", "memory_bytes.rest") >= 0 for engine in ("pytorch", "program"))
+
+
+def test_loading_counts_what_the_process_grew_by():
+    """Seconds and memory of several blocks are added; what happens between them is not."""
+    kept = []
+    with Loading() as loading:
+        kept.append(np.ones(4 << 20))
+    kept.append(np.ones(4 << 20))
+    with loading:
+        kept.append(np.ones(2 << 20))
+    assert loading.grown == pytest.approx(48 << 20, rel=0.1)
+    found = of_loading({"program": loading}, [Measurement("program", "one", "memory_bytes.weights", 16 << 20)], "one")
+    values = {m.metric: m.value for m in found}
+    assert values == {
+        "load_seconds": loading.seconds,
+        "memory_bytes.rest": pytest.approx(32 << 20, rel=0.15),
+    }
 
 
 @pytest.mark.parametrize("fault", ["swapped", "alpha"])
