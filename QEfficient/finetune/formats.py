@@ -124,7 +124,7 @@ def _string(row: Row, field: str, *, may_be_empty: bool = False) -> str:
         raise ValueError(f"field {field!r} is missing")
     value = row[field]
     if not isinstance(value, str):
-        raise ValueError(f"{field!r} must be text, not {json.dumps(value)}")
+        raise ValueError(f"{field!r} must be text, not {json.dumps(value, default=repr)}")
     if not value and not may_be_empty:
         raise ValueError(f"{field!r} is empty")
     return value

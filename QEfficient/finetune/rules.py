@@ -2,6 +2,7 @@
 """What must hold between the options of fine-tuning, before a model is loaded. Knows no PyTorch."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from QEfficient.errors import ConfigError
@@ -120,7 +121,10 @@ def check(config: "TrainConfig") -> None:
     for name in ("train_file", "val_file"):
         path = getattr(config, name)
         if path is not None and not path.is_file():
-            raise ConfigError(f"{name} {str(path)!r} is not a file")
+            hint = ": name a file in it, or give it as dataset" if path.is_dir() else ""
+            raise ConfigError(f"{name} {str(path)!r} is not a file{hint}")
+    if config.dataset and Path(config.dataset).expanduser().is_file():
+        raise ConfigError(f"dataset {config.dataset!r} is a file: give it as train_file")
     checkpoint = config.from_peft_checkpoint
     if checkpoint is not None and not (checkpoint / "adapter_config.json").is_file():
         raise ConfigError(f"from_peft_checkpoint {str(checkpoint)!r} is no adapter: it has no adapter_config.json")

@@ -22,12 +22,23 @@ def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         ConfigError: The file cannot be read, or is of an unknown kind.
     """
-    if path.suffix in JSONL:
-        return ((where, row) for _, where, row in read_jsonl(path))
-    if path.suffix == ".csv":
-        return ((where, row) for _, where, row in read_csv(path))
-    if path.suffix == ".parquet":
+    kind = kind_of(path)
+    if kind == "parquet":
         return read_parquet(path)
+    return ((where, row) for _, where, row in (read_jsonl(path) if kind == "jsonl" else read_csv(path)))
+
+
+def kind_of(path: Path) -> str:
+    """Return what the name of a file says that it holds: ``"jsonl"``, ``"csv"`` or ``"parquet"``.
+
+    Raises:
+        ConfigError: Something else.
+    """
+    suffix = path.suffix.lower()
+    if suffix in JSONL:
+        return "jsonl"
+    if suffix in (".csv", ".parquet"):
+        return suffix[1:]
     raise ConfigError(f"{path}: data ends in .csv, .parquet, {', '.join(JSONL)}")
 
 
@@ -127,17 +138,24 @@ def load_table(name: str | Path, split: str, config: str | None = None) -> Any:
     """
     datasets = _optional("datasets", "datasets")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say of a broken file is in its error
     folder = Path(name).expanduser()
     try:
         if isinstance(name, Path):
+            if not _optional("pyarrow.parquet", ".parquet files").read_metadata(name).num_rows:
+                raise ConfigError(f"{name} holds no examples")
             return datasets.Dataset.from_parquet(str(name))
         if not any((folder / f).is_file() for f in ("state.json", "dataset_dict.json")):
             return datasets.load_dataset(name, config, split=split, cache_dir=_cache_of(folder, datasets))
+        if config:
+            raise ConfigError(f"dataset {name!r} was saved without configurations: leave dataset_config out")
         found = datasets.load_from_disk(str(folder))
-        if hasattr(found, "keys"):
-            if split not in found:
-                raise ConfigError(f"dataset {name!r} has no split {split!r}: it has {', '.join(found)}")
-            found = found[split]
+        if not hasattr(found, "keys"):
+            found = {str(found.split or "train"): found}
+            split = next(iter(found)) if split == "train" else split  # the default asks for nothing
+        if split not in found:
+            raise ConfigError(f"dataset {name!r} has no split {split!r}: it has {', '.join(found)}")
+        found = found[split]
     except ConfigError:
         raise
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as e:

@@ -10,8 +10,15 @@ from typing import Any, Protocol
 
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.formats import Row
-from QEfficient.finetune.rules import JSONL
-from QEfficient.finetune.sources import decoded_lines, load_function, load_table, preprocess, read_csv, read_jsonl
+from QEfficient.finetune.sources import (
+    decoded_lines,
+    kind_of,
+    load_function,
+    load_table,
+    preprocess,
+    read_csv,
+    read_jsonl,
+)
 
 
 class RowsOnDisk(Protocol):
@@ -28,13 +35,13 @@ class FileRows:
     """Rows of a JSONL or CSV file: where each begins takes eight bytes."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._offsets = path, array("q")
+        self._path, self._kind, self._offsets = path, kind_of(path), array("q")
         self._fields: list[str] = []
 
     def scan(self) -> Iterator[tuple[str, Row]]:
         """Yield every row with its place, and note where it begins."""
         del self._offsets[:]
-        rows = read_jsonl(self._path) if self._path.suffix in JSONL else read_csv(self._path)
+        rows = read_jsonl(self._path) if self._kind == "jsonl" else read_csv(self._path)
         for offset, where, row in rows:
             self._fields = self._fields or list(row)
             self._offsets.append(offset)
@@ -44,7 +51,7 @@ class FileRows:
         """Return one row."""
         with self._path.open("rb") as file:
             file.seek(self._offsets[index])
-            if self._path.suffix in JSONL:
+            if self._kind == "jsonl":
                 row: Row = json.loads(file.readline().decode("utf-8-sig"))
                 return row
             values = next(csv.reader(decoded_lines(file, self._offsets[index]), strict=True))
@@ -103,7 +110,7 @@ def open_rows(path: Path | None, dataset: str | None, split: str, config: str | 
         ConfigError: They cannot be read, or a library is missing.
     """
     rows: RowsOnDisk
-    if path is not None and path.suffix in (*JSONL, ".csv"):
+    if path is not None and kind_of(path) != "parquet":
         rows = FileRows(path)
     else:
         rows = TableRows(str(path or f"{dataset}[{split}]"), load_table(path or str(dataset), split, config))

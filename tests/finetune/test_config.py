@@ -64,6 +64,8 @@ def test_unknown_option_is_refused_with_a_suggestion() -> None:
         ({"model_name": ""}, "model_name is missing"),
         ({"train_file": None}, "train_file is missing"),
         ({"train_file": Path("nowhere.jsonl")}, r"train_file 'nowhere\.jsonl' is not a file"),
+        ({"train_file": Path(__file__).parent}, "is not a file: name a file in it, or give it as dataset"),
+        ({"train_file": None, "dataset": __file__}, r"test_config\.py' is a file: give it as train_file"),
         ({"train_batch_size": 0}, "train_batch_size must be 1 or more, not 0"),
         ({"context_length": 2}, "context_length must be 8 or more, not 2"),
         ({"lr": -1.0}, r"lr must be above 0, not -1\.0"),

@@ -72,6 +72,70 @@ def test_dataset_folder(tmp_path: Path) -> None:
         list(read_dataset("./nowhere", "train"))
 
 
+def test_folder_of_one_table_has_one_split(tmp_path: Path) -> None:
+    """The default split is the one that is there; another, or a configuration, is not silently it."""
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "set")
+    datasets.Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "named")
+    for name in ("set", "named"):
+        assert [row for _, row in read_dataset(str(tmp_path / name), "train")] == ROWS
+    assert [row for _, row in read_dataset(str(tmp_path / "named"), "test")] == ROWS
+    for name, there in (("set", "train"), ("named", "test")):
+        with pytest.raises(ConfigError, match=f"{name}' has no split 'validation': it has {there}"):
+            list(read_dataset(str(tmp_path / name), "validation"))
+    with pytest.raises(ConfigError, match="was saved without configurations: leave dataset_config out"):
+        list(read_dataset(str(tmp_path / "set"), "train", "main"))
+
+
+@pytest.mark.parametrize("layout", ["files", "folders", "saved"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_dataset_with_a_split_to_validate_on(tmp_path: Path, tokenizer: Any, layout: str, streaming: bool) -> None:
+    """Parquet files beside each other or in folders, or a saved ``DatasetDict``."""
+    datasets = pytest.importorskip("datasets")
+    parts = {"train": datasets.Dataset.from_list(ROWS[:3]), "validation": datasets.Dataset.from_list(ROWS[3:])}
+    if layout == "saved":
+        datasets.DatasetDict(parts).save_to_disk(tmp_path / "set")
+    for name, part in parts.items():
+        path = {"files": f"{name}-00000-of-00001.parquet", "folders": f"{name}/a.parquet", "saved": "x"}[layout]
+        if layout != "saved":
+            (tmp_path / "set" / path).parent.mkdir(parents=True, exist_ok=True)
+            part.to_parquet(tmp_path / "set" / path)
+    config = TrainConfig(dataset=str(tmp_path / "set"), val_dataset_split="validation", streaming=streaming)
+    sets = load_sets(config, tokenizer)
+    assert [tokenizer.decode(e.input_ids).count("é") for e in (*sets.train, *sets.val)] == [1, 2, 3, 4]
+    assert len(sets.val) == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_parquet_is_one_line(
+    tmp_path: Path, tokenizer: Any, streaming: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Garbage, half a file, a damaged page, no rows, missing columns, bytes: named, and nothing is printed beside the error."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    path = tmp_path / "data.PARQUET"
+
+    def read_columns(columns: dict[str, Any]) -> None:
+        parquet.write_table(pyarrow.table(columns), path)
+        load_sets(TrainConfig(train_file=path, streaming=streaming), tokenizer)
+
+    read_columns({"text": ["a", "b"]})
+    whole = path.read_bytes()
+    for content in (b"", b"garbage" * 9, whole[: len(whole) // 2], whole[:4] + b"\xff" * 40 + whole[44:]):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=r"data\.PARQUET"):
+            load_sets(TrainConfig(train_file=path, streaming=streaming), tokenizer)
+    for columns, message in (
+        ({"text": pyarrow.array([], pyarrow.string())}, "holds no examples"),
+        ({"question": ["a"], "answer": ["b"]}, "row 1: fields 'question', 'answer' are of no known format"),
+        ({"prompt": ["a", None], "completion": ["b", "c"]}, "row 2: 'prompt' must be text, not null"),
+        ({"text": [b"\xff"]}, "row 1: 'text' must be text, not "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read_columns(columns)
+    assert capfd.readouterr().err == ""
+
+
 def test_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without pyarrow a Parquet file says what to install."""
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
