@@ -205,7 +205,9 @@ def measure(options: Options, subjects: list[Subject]) -> tuple[dict[str, Timing
             start = time.perf_counter()
             token = subject.prefill(ids)
             prefill, steps, tokens = time.perf_counter() - start, [], [token]
-            for position in range(options.prompt, options.prompt + (options.tokens if turn else 3)):
+            for position in range(
+                options.prompt, options.prompt + (options.tokens if turn else min(3, options.tokens))
+            ):
                 start = time.perf_counter()
                 token = subject.step(token, position)
                 steps.append(time.perf_counter() - start)

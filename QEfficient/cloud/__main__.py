@@ -48,6 +48,9 @@ def run(command: str, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as e:  # no permission, no space, a file where a folder should be
+        print(f"error: {e.strerror or e}" + f": {e.filename}" * (e.filename is not None), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

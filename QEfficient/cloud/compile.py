@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from QEfficient.cloud.__main__ import run
-from QEfficient.contract import MODEL_FILE
+from QEfficient.cloud.progress import progress
+from QEfficient.contract import MODEL_FILE, Manifest
 from QEfficient.options import option, parse
 
 
@@ -41,20 +42,38 @@ def command(argv: Sequence[str]) -> int:
     options = parse(Options, argv, prog="qefficient compile")
     from QEfficient.compile.program import compile_graph
 
-    program = compile_graph(
-        options.graph.parent if options.graph.name == MODEL_FILE else options.graph,
-        target=options.target,
-        precision=options.precision,
-        block_size=options.block_size,
-        symmetric=not options.zero_points,
-        keep=options.keep,
-        batch_size=options.batch_size,
-        prefill_seq_len=options.prefill_seq_len,
-        ctx_len=options.ctx_len,
-        out=options.output,
-    )
+    graph = options.graph.parent if options.graph.name == MODEL_FILE else options.graph
+    with progress() as show:
+        show("compiling", graph.name)
+        program = compile_graph(
+            graph,
+            target=options.target,
+            precision=options.precision,
+            block_size=options.block_size,
+            symmetric=not options.zero_points,
+            keep=options.keep,
+            batch_size=options.batch_size,
+            prefill_seq_len=options.prefill_seq_len,
+            ctx_len=options.ctx_len,
+            out=options.output,
+        )
     print(f"program:  {program}")
+    for line in _errors(Manifest.read(program).options.get("quantized", {})):
+        print(f"weights:  {line}")
     return 0
+
+
+def _errors(quantized: dict[str, dict[str, float]]) -> list[str]:
+    """Return a line for each number of bits: how many weights, and how far they are from what they were."""
+    lines = []
+    for bits in sorted({w["bits"] for w in quantized.values()}):
+        errors = {name: w["error"] for name, w in quantized.items() if w["bits"] == bits}
+        worst = max(errors, key=errors.__getitem__)
+        mean = sum(errors.values()) / len(errors)
+        lines.append(
+            f"{len(errors)} at {bits} bits, off by {mean:.1%} of their size, {errors[worst]:.1%} at most ({worst})"
+        )
+    return lines
 
 
 if __name__ == "__main__":

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from QEfficient.cloud.__main__ import run
+from QEfficient.cloud.progress import Progress, progress, quiet
 from QEfficient.cloud.test import parse_adapters
-from QEfficient.contract import ADAPTERS_DIR, BASE, MANIFEST_FILE, Manifest
-from QEfficient.errors import AdapterNotFoundError, ConfigError
+from QEfficient.contract import ADAPTERS_DIR, BASE, MANIFEST_FILE, MODEL_FILE, Manifest
+from QEfficient.errors import AdapterNotFoundError, ConfigError, QEffError
 from QEfficient.options import option, parse, suggest
+from QEfficient.store import is_local
 
 if TYPE_CHECKING:
     from QEfficient.runtime.session import OrtSession
@@ -25,7 +27,7 @@ class Options:
     """Complete prompts with a base and its adapters; text appears as it is generated.
 
     The base is exported and compiled the first time, which takes a while, and used again afterwards. Given the folder of
-    a graph or a program instead, the adapters exported with it are used.
+    a graph or a program instead, the adapters that were exported with the graph are used, and are not given by --adapter.
     """
 
     base: str = option(help="Folder or Hub id of the base model, or folder of a graph or program.", positional=True)
@@ -89,73 +91,93 @@ def command(argv: Sequence[str]) -> int:
     adapters = parse_adapters(options.adapter)
     prompts, before = _read_prompts(options), _read_messages(options)
     arguments = _arguments(options)
-    exported = (Path(options.base) / MANIFEST_FILE).is_file()
-    known = [*adapters, BASE] if not exported else None
-    for name in options.use if known is not None else ():
-        _check_known(name, known or ())
-    ready = _from_graph(Path(options.base), adapters, options) if exported else _from_base(adapters, options)
-    names = options.use or list(ready.adapters) or [BASE]
-    for name in names:
-        _check_known(name, [*ready.adapters, BASE])
-    tokenizer = _load_tokenizer(options.tokenizer or ready.base)
+    folder = _exported(options.base)
+    if folder is None and is_local(options.base) and not (Path(options.base) / "config.json").is_file():
+        raise ConfigError(
+            f"{options.base!r} holds no base (no config.json), no graph and no program (no {MANIFEST_FILE})"
+        )
+    with quiet(), progress() as show:
+        ready = _from_base(adapters, options, show) if folder is None else _from_graph(folder, adapters, options, show)
+        names = options.use or list(ready.adapters) or [BASE]
+        tokenizer = _load_tokenizer(options.tokenizer or ready.base)
     if before is not None and not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {options.tokenizer or ready.base!r} has no chat template; leave out --chat"
         )
-    for prompt in prompts:
+    for inputs in [_encode(tokenizer, prompt, before) for prompt in prompts]:
         for name in names:
             ready.select(name)
             if len(names) > 1 and sys.stdout.isatty():
                 print(f"\033[1m{name}\033[0m")
             elif len(names) > 1:
                 print(f"[{name}]")
-            _complete(ready, tokenizer, prompt, before, arguments, options.seed)
+            _complete(ready, tokenizer, inputs, arguments, options.seed)
     return 0
 
 
-def _from_base(adapters: dict[str, str], options: Options) -> _Ready:
+def _exported(given: str) -> Path | None:
+    """Return the folder of the graph or program that was named, also by its ``model.onnx`` or its ``qpc-`` folder; ``None``: a base."""
+    from QEfficient.compile.program import PROGRAM_DIR
+
+    path = Path(given)
+    tried = (path, path.parent if path.name == MODEL_FILE else path, path / PROGRAM_DIR)
+    return next((folder for folder in tried if (folder / MANIFEST_FILE).is_file()), None)
+
+
+def _from_base(adapters: dict[str, str], options: Options, show: Progress) -> _Ready:
     """Load, export and compile what has not been exported and compiled before."""
+    for name in options.use:
+        _check_known(name, [*adapters, BASE])
+    show("exporting", options.base)
     if not adapters:
         from QEfficient.peft.base import export_base
 
-        return _from_graph(export_base(options.base), {}, options, base=options.base)
+        return _from_graph(export_base(options.base), {}, options, show, base=options.base)
     from QEfficient.peft.auto import QEffAutoPeftModelForCausalLM
 
     model = QEffAutoPeftModelForCausalLM.from_base(options.base, adapters)
-    session = _open(model.export().parent, options)
+    session = _open(model.export().parent, options, show)
     for name in options.use or adapters:
         if name != BASE:
             session.load_adapter(name, model.tensors_of(name))
     return _ready(session, tuple(adapters), options.base)
 
 
-def _from_graph(folder: Path, adapters: dict[str, str], options: Options, *, base: str = "") -> _Ready:
+def _from_graph(folder: Path, adapters: dict[str, str], options: Options, show: Progress, *, base: str = "") -> _Ready:
     """Open a graph (compiled first, if it is no program yet) with the adapters that were exported with it."""
     if adapters:
         raise ConfigError(
             f"{folder} is an exported graph, which comes with its adapters: leave out --adapter, or give the base"
         )
-    session = _open(folder, options)
-    graph = folder.parent.parent if _is_program(folder) else folder
-    base = base or str(session.manifest.base.get("name_or_path", ""))
-    return _ready(session, _load_exported(session, graph), base)
+    from QEfficient.compile.program import is_program
+
+    graph = folder.parent.parent if is_program(Manifest.read(folder)) else folder
+    files = {file.stem: file for file in sorted((graph / ADAPTERS_DIR).glob("*.safetensors"))}
+    if not files and Manifest.read(folder).adapter and options.use != [BASE]:
+        raise ConfigError(
+            f"no adapters lie beside {folder}: give its graph, the program in the graph's own folder (compiled without "
+            "--output), or --use base"
+        )
+    for name in options.use:
+        _check_known(name, [*files, BASE])
+    session = _open(folder, options, show)
+    _load_exported(session, graph, {name: files[name] for name in options.use or files if name != BASE})
+    return _ready(session, tuple(files), base or str(session.manifest.base.get("name_or_path", "")))
 
 
-def _is_program(folder: Path) -> bool:
-    return "target" in Manifest.read(folder).options
-
-
-def _open(folder: Path, options: Options) -> "OrtSession":
+def _open(folder: Path, options: Options, show: Progress) -> "OrtSession":
     """Open a program, or what a graph is compiled to."""
-    from QEfficient.compile.program import compile_graph
+    from QEfficient.compile.program import compile_graph, is_program
     from QEfficient.runtime.session import OrtSession
 
-    if not _is_program(folder):
+    if not is_program(Manifest.read(folder)):
+        show("compiling", folder.name)
         folder = compile_graph(
             folder, precision=options.precision, block_size=options.block_size, ctx_len=options.ctx_len
         )
     elif options.precision != "fp32" or options.block_size is not None or options.ctx_len is not None:
         raise ConfigError(f"{folder} is a program, compiled already: leave out --precision, --block-size and --ctx-len")
+    show("loading", folder.parent.name)
     return OrtSession(folder, threads=options.threads or None, large_pages=options.large_pages)
 
 
@@ -165,18 +187,16 @@ def _ready(session: "OrtSession", names: tuple[str, ...], base: str) -> _Ready:
     return _Ready(SessionModel(session, generation_config=_defaults(base)).generate, session.set_adapter, names, base)
 
 
-def _load_exported(session: "OrtSession", graph: Path) -> tuple[str, ...]:
-    """Load every adapter that was exported with ``graph``; return their names."""
+def _load_exported(session: "OrtSession", graph: Path, files: dict[str, Path]) -> None:
+    """Load adapters that were exported with ``graph``."""
     from QEfficient.peft.adapters import fit, neutral_tensors, read_exported
     from QEfficient.runtime.laid_out import load_file
 
     def read(file: Path) -> Any:
         return fit(read_exported(file), session.manifest, neutral_tensors(graph))
 
-    files = sorted((graph / ADAPTERS_DIR).glob("*.safetensors"))
-    for file in files:
-        load_file(session, file.stem, file, partial(read, file))
-    return tuple(file.stem for file in files)
+    for name, file in files.items():
+        load_file(session, name, file, partial(read, file))
 
 
 def _defaults(base: str) -> Any:
@@ -245,7 +265,9 @@ def _arguments(options: Options) -> dict[str, Any]:
         raise ConfigError(f"--threads must be at least 0, not {options.threads}")
     if options.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens must be at least 1, not {options.max_new_tokens}")
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if not 0 <= options.seed < 1 << 63:
+        raise ConfigError(f"--seed must be at least 0 and below 2**63, not {options.seed}")
+    if not 0 <= options.temperature < float("inf") or not 0 < options.top_p <= 1:
         raise ConfigError(
             f"--temperature must be at least 0 and --top-p in (0, 1], not {options.temperature} and {options.top_p}"
         )
@@ -254,11 +276,11 @@ def _arguments(options: Options) -> dict[str, Any]:
         arguments |= {"temperature": options.temperature, "top_p": options.top_p}
     elif options.top_p != 1:
         raise ConfigError("--top-p changes nothing without --temperature, which is 0: the likeliest token is taken")
-    return arguments | _others(options.set)
+    return arguments | _others(options.set, arguments)
 
 
-def _others(pairs: Sequence[str]) -> dict[str, Any]:
-    """Return what ``--set`` says, checked by transformers' own configuration."""
+def _others(pairs: Sequence[str], beside: dict[str, Any]) -> dict[str, Any]:
+    """Return what ``--set`` says, checked by transformers' own configuration together with the arguments ``beside`` it."""
     if not pairs:
         return {}
     from transformers import GenerationConfig
@@ -276,43 +298,59 @@ def _others(pairs: Sequence[str]) -> dict[str, Any]:
         except ValueError as e:
             raise ConfigError(f"--set {pair}: the value must be JSON, {name}=40 or {name}='\"text\"' ({e})") from e
     try:
-        GenerationConfig(**found).validate()  # type: ignore[no-untyped-call]
+        GenerationConfig(**{**beside, **found}).validate()  # type: ignore[no-untyped-call]
     except (ValueError, TypeError) as e:
         raise ConfigError(f"--set: {str(e).strip().splitlines()[0]}") from e
     return found
 
 
-def _complete(
-    ready: _Ready,
-    tokenizer: Any,
-    prompt: str,
-    before: list[dict[str, str]] | None,
-    arguments: dict[str, Any],
-    seed: int,
-) -> None:
+def _encode(tokenizer: Any, prompt: str, before: list[dict[str, str]] | None) -> Any:
+    """Return a prompt's tokens as ``generate`` takes them, behind the chat ``before`` it if there is one."""
+    if before is not None:
+        from jinja2 import TemplateError
+
+        turns = [*before, {"role": "user", "content": prompt}] if prompt else before
+        form = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        try:
+            inputs = tokenizer.apply_chat_template(turns, **form)
+        except TemplateError as e:
+            raise ConfigError(f"the chat template refuses these messages: {e}") from e
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not inputs["input_ids"].shape[1]:
+        raise ConfigError("an empty prompt is no token for this tokenizer: there is nothing to complete")
+    return inputs
+
+
+def _complete(ready: _Ready, tokenizer: Any, inputs: Any, arguments: dict[str, Any], seed: int) -> None:
     """Print one completion as it comes, and how fast it came to standard error."""
     import torch
     from transformers import TextStreamer
 
-    if before is not None:
-        turns = [*before, {"role": "user", "content": prompt}] if prompt else before
-        inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    columns = inputs["input_ids"].shape[1]
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         arguments = {"pad_token_id": tokenizer.eos_token_id, **arguments}
     if "stop_strings" in arguments:
         arguments = {**arguments, "tokenizer": tokenizer}
+    several = arguments.get("num_return_sequences") or 1
+    streamed = several == 1 and (arguments.get("num_beams") or 1) == 1  # beams change until the end
+    if streamed:
+        arguments = {**arguments, "streamer": TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)}
     torch.manual_seed(seed)
     start = time.perf_counter()
-    if arguments.get("num_beams", 1) > 1:  # beams change until the end
+    try:
         out = ready.generate(**inputs, **arguments)
-        print(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    else:
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        out = ready.generate(**inputs, **arguments, streamer=streamer)
+    except (ValueError, TypeError) as e:
+        if isinstance(e, QEffError):
+            raise
+        raise ConfigError(
+            f"transformers refuses these options: {(str(e).strip() or type(e).__name__).splitlines()[0]}"
+        ) from e
     seconds = time.perf_counter() - start
-    new = out.shape[1] - inputs["input_ids"].shape[1]
+    rows = getattr(out, "sequences", out)[:, columns:]  # --set return_dict_in_generate=true
+    for n, row in enumerate(rows if not streamed else (), 1):
+        print(f"[{n}]\n" * (several > 1) + tokenizer.decode(row, skip_special_tokens=True))
+    new = rows.numel()
     print(f"({new} tokens, {new / seconds:.1f} tokens/s)", file=sys.stderr)
 
 

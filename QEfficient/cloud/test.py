@@ -1,16 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """``qefficient test``: prove that adapters work, and measure them."""
 
-import contextlib
-import os
 import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from QEfficient.cloud.__main__ import run as run_command
+from QEfficient.cloud.progress import progress, quiet
 from QEfficient.contract import BASE
 from QEfficient.errors import ConfigError
 from QEfficient.options import option, parse
@@ -92,7 +90,7 @@ def command(argv: Sequence[str]) -> int:
 
     from QEfficient.testing.render_terminal import view
 
-    with _quiet(), _progress() as progress:
+    with quiet(), progress() as show:
         from QEfficient.testing.checks_efficiency import Budgets, parse_share
         from QEfficient.testing.cluster import run_on_ray
         from QEfficient.testing.conformance import run
@@ -116,7 +114,7 @@ def command(argv: Sequence[str]) -> int:
             measure_speed=options.speed,
             precision=options.precision,
             budgets=Budgets(options.min_speedup, most),
-            progress=progress,
+            progress=show,
         )
     Console(highlight=False, width=None if sys.stdout.isatty() else 80).print(view(report))
     if options.report is not None:
@@ -182,36 +180,6 @@ def parse_adapters(given: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"two adapters are called {name!r} ({found[name]} and {path}); give each its own name")
         found[name] = path
     return found
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, str], None]]:
-    """Yield a function that shows what is being done; on a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
-        task = shown.add_task("starting", total=None)
-        yield lambda what, subject: shown.update(task, description=f"{what} [bold]{subject}[/bold]")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the libraries' progress bars and warnings out of the verdict; what they warn of has a check of its own."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from transformers.utils import logging
-
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

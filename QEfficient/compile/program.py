@@ -63,7 +63,8 @@ def compile_graph(
         ``<out>/qpc-<hash>/program``.
 
     Raises:
-        ConfigError: An unknown target or block size, or a size that is not positive or longer than the base's longest context.
+        ConfigError: An unknown target or block size, blocks for a precision without them, a size that is not positive or longer
+            than the base's longest context, or ``graph`` is a program.
         UnsupportedError: The target does not offer the precision.
         ArtifactError: The graph folder is not whole.
     """
@@ -72,6 +73,12 @@ def compile_graph(
     manifest = Manifest.read(graph)
     manifest.require_weights(graph)
     _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
+    if is_program(manifest):
+        raise ConfigError(f"{graph} is a program, compiled already; give the graph that it was made of")
+    if precision not in BITS and (block_size is not None or not symmetric):
+        raise ConfigError(
+            f"precision {precision} has no blocks: leave out their size and zero points, or choose int8 or int4"
+        )
     block_size = default_block_size(precision, manifest.base) if block_size is None else block_size
     weights = _weights(precision, block_size, symmetric, keep)
     options = {
@@ -147,6 +154,11 @@ def default_block_size(precision: str, base: Mapping[str, Any]) -> int:
     hidden = base.get("config", {}).get("hidden_size")
     fitting = [size for size in (128, 64) if precision == "int8" and isinstance(hidden, int) and hidden % size == 0]
     return fitting[0] if fitting else 32
+
+
+def is_program(manifest: Manifest) -> bool:
+    """Return whether a folder's manifest is that of a program; otherwise it is a graph's."""
+    return "target" in manifest.options
 
 
 def _is_whole(program: Path) -> bool:

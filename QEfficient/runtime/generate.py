@@ -85,6 +85,8 @@ class SessionCache:
             mask: True where a token is real, ``(B, n)``; ``None``: all are.
             keep: Logits behind how many of each row's last tokens; more than one takes a graph with all logits, one row.
         """
+        if not input_ids.shape[1]:
+            raise ConfigError("the prompt is empty: generation needs at least one token")
         rows = [ids if mask is None else ids[mask[b]] for b, ids in enumerate(input_ids)]
         last = keep if keep > 1 or (mask is None and input_ids.shape[1] == 1) else 0  # tokens that take one call
         before = [row[: len(row) - last] for row in rows]

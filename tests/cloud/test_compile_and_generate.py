@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from QEfficient.cloud.__main__ import run
+from QEfficient.contract import Manifest
 from QEfficient.runtime import pages
 from tests.tiny import VOCAB, save_adapter, save_base
 
@@ -109,7 +110,7 @@ def test_precision_and_threads(folders, graph, capsys):
     shown = _text(capsys.readouterr().out)
     (made,) = set(graph.glob("qpc-*")) - before
     assert run("compile", [str(graph), *options]) == 0
-    assert capsys.readouterr().out.split()[-1] == str(made / "program")
+    assert capsys.readouterr().out.split()[1] == str(made / "program")
     assert run("generate", [str(made / "program"), *arguments[1:]]) == 0
     assert _text(capsys.readouterr().out) == shown
     assert run("generate", [str(made / "program"), *arguments[1:], "--precision=int8"]) == 2
@@ -151,6 +152,15 @@ def test_chat_messages_and_prompts_from_files(folders, graph, tmp_path, capsys):
     assert len(got) == 2
 
 
+def test_a_chat_that_the_template_refuses(folders, graph, tmp_path, capsys):
+    """What the template says is the error."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folders / "base")
+    tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    tokenizer.save_pretrained(tmp_path)
+    assert run("generate", [str(graph), "--use=one", f"--tokenizer={tmp_path}", "--prompt=w5", "--system=w6"]) == 2
+    assert "the chat template refuses these messages: no system message, please" in capsys.readouterr().err
+
+
 def test_any_generation_option(folders, graph, capsys):
     """``--set`` reaches transformers: beams, and the same sample from the same seed."""
     arguments = [str(graph), "--use=one", "--prompt", PROMPT, "--max-new-tokens", str(NEW)]
@@ -166,6 +176,39 @@ def test_any_generation_option(folders, graph, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parametrize("how", [["--temperature=2"], ["--set=num_beams=3"]], ids=["sampled", "beams"])
+def test_several_results(folders, graph, capsys, how):
+    """All of them are shown, numbered, as PyTorch gives them from the same seed."""
+    arguments = [str(graph), "--use=one", "--prompt", PROMPT, "--max-new-tokens", str(NEW), "--seed=5"]
+    more = ["--set=num_return_sequences=2", "--set=eos_token_id=null", "--set=return_dict_in_generate=true"]
+    assert run("generate", [*arguments, *more, *how]) == 0
+    captured = capsys.readouterr()
+    model = AutoPeftModelForCausalLM.from_pretrained(folders / "one")
+    chosen = {"do_sample": True, "temperature": 2.0, "top_p": 1.0} if "--temperature=2" in how else {"num_beams": 3}
+    torch.manual_seed(5)
+    ids = torch.tensor([[5, 9, 33]])
+    rows = model.generate(input_ids=ids, max_new_tokens=NEW, eos_token_id=None, num_return_sequences=2, **chosen)
+    texts = [" ".join(f"w{i}" for i in row if i not in (0, 2)) for row in rows[:, 3:].tolist()]
+    assert _text(captured.out) == ["[1]", texts[0], "[2]", texts[1]]
+    assert f"({2 * NEW} tokens," in captured.err
+
+
+def test_places(folders, graph, tmp_path, capsys):
+    """A graph is found by its model.onnx, a program by its qpc folder; what is nowhere, and adapters that are elsewhere, are said."""
+    asked = ["--prompt", PROMPT, "--max-new-tokens", str(NEW)]
+    assert run("compile", [str(graph), f"--output={tmp_path}"]) == 0
+    program = Path(capsys.readouterr().out.split()[-1])
+    for place in (graph / "model.onnx", program, program.parent):
+        name = "one" if place.parent == graph else "base"
+        assert run("generate", [str(place), f"--use={name}", *asked]) == 0
+        assert _text(capsys.readouterr().out) == [_expected(folders, name)]
+    assert run("generate", [str(program), *asked]) == 2
+    assert f"no adapters lie beside {program}: give its graph" in capsys.readouterr().err
+    for nothing in (tmp_path / "nowhere", tmp_path):
+        assert run("generate", [str(nothing), "--use=one", *asked]) == 2
+        assert f"'{nothing}' holds no base (no config.json), no graph and no program" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -179,6 +222,13 @@ def test_any_generation_option(folders, graph, capsys):
         (["--chat"], "has no chat template"),
         (["--use=onne"], "no adapter 'onne'; did you mean 'one'? (there are: one, two, base)"),
         (["--adapter=x=y"], "comes with its adapters: leave out --adapter"),
+        (["--prompt="], "an empty prompt is no token for this tokenizer"),
+        (["--temperature=nan"], "--temperature must be at least 0 and --top-p in (0, 1], not nan"),
+        (["--seed=-1"], "--seed must be at least 0 and below 2**63, not -1"),
+        (["--set=num_return_sequences=2"], "--set: Greedy methods"),
+        (["--use=one", '--set=eos_token_id="w5"'], "transformers refuses these options: "),
+        (["--use=one", "--set=bad_words_ids=3"], "`bad_words_ids` has to be a non-empty list, but is 3"),
+        (["--use=one", "--set=penalty_alpha=0.6", "--set=top_k=4"], "Contrastive Search requires"),
         (["--threads=-1"], "--threads must be at least 0, not -1"),
         (["--block-size=7", "--precision=int4"], "block_size must be one of"),
         (["--max-new-tokens=0"], "--max-new-tokens must be at least 1, not 0"),
@@ -195,8 +245,36 @@ def test_mistakes(graph, capsys, arguments, message):
     assert captured.out == ""
 
 
+def test_compile_says_how_far_weights_are_off(graph, capsys):
+    """A line for each number of bits: weights, mean error, largest error and whose it is."""
+    assert run("compile", [str(graph), "--precision=int4", "--keep=lm_head*"]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    errors = Manifest.read(Path(first.split()[-1])).options["quantized"]
+    four = {name: w["error"] for name, w in errors.items() if w["bits"] == 4}
+    worst = max(four, key=four.get)
+    mean = sum(four.values()) / len(four)
+    said = f"off by {mean:.1%} of their size, {four[worst]:.1%} at most ({worst})"
+    eight = f"{errors['lm_head.weight']['error']:.1%}"
+    assert lines == [
+        f"weights:  {len(four)} at 4 bits, {said}",
+        f"weights:  1 at 8 bits, off by {eight} of their size, {eight} at most (lm_head.weight)",
+    ]
+    assert run("compile", [str(graph)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_compile_mistakes(graph, tmp_path, capsys):
-    """A folder that is no graph, and a target that is unknown, are said so."""
+    """What is no graph, a target that is unknown, options without a meaning and a place that cannot be written are said so."""
+    (tmp_path / "file").write_text("")
+    assert run("compile", [str(graph), f"--output={tmp_path / 'file'}"]) == 2
+    assert capsys.readouterr().err == f"error: File exists: {tmp_path / 'file'}\n"
+    for option in ("--block-size=64", "--zero-points"):
+        assert run("compile", [str(graph), option]) == 2
+        assert "precision fp32 has no blocks: leave out their size and zero points" in capsys.readouterr().err
+    assert run("compile", [str(graph)]) == 0
+    program = capsys.readouterr().out.split()[-1]
+    assert run("compile", [program]) == 2
+    assert f"{program} is a program, compiled already; give the graph" in capsys.readouterr().err
     assert run("compile", [str(tmp_path)]) == 2
     assert "is not an exported graph" in capsys.readouterr().err
     assert run("compile", [str(graph), "--target=npu"]) == 2

@@ -246,6 +246,12 @@ def test_wrong_arguments_fail_before_any_work(model, monkeypatch, arguments, err
         model.generate(ids, **{"attention_mask": mask, "pad_token_id": PAD, "do_sample": False, **arguments})
 
 
+def test_no_token_at_all(model):
+    """A prompt without a token is an error that says so."""
+    with pytest.raises(ConfigError, match="the prompt is empty: generation needs at least one token"):
+        model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3, do_sample=False)
+
+
 def test_padding_needs_no_context(model):
     """What counts against the context is tokens, not padding."""
     ids, mask = _prompts(30, 20)
