@@ -134,8 +134,11 @@ def _add_operations(app: FastAPI, server: Server) -> None:
         return JSONResponse({"status": status}, 503 if server.draining else 200)
 
     @app.get("/metrics", include_in_schema=False)
-    async def metrics() -> Response:
-        """Tell Prometheus."""
+    async def metrics(request: Request) -> Response:
+        """Tell Prometheus, but nobody who may not know every adapter."""
+        key = _key(request)
+        if key is not None and key.models:
+            raise Refusal(403, "a key for some models only may not see the metrics, which are of all", code="not_all")
         return Response(server.metrics.text(), media_type=METRICS_TYPE)
 
     @app.get("/", include_in_schema=False)

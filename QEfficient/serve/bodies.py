@@ -39,15 +39,15 @@ class Shape:
         """Return what a streamed conversation begins with."""
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None})
 
-    def piece(self, index: int, piece: Piece, offset: int) -> dict[str, Any]:
-        """Return one piece of a streamed answer; ``offset`` is where its text begins."""
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return one piece of a streamed answer."""
         choice: dict[str, Any] = {"index": index, "finish_reason": piece.finish_reason, "logprobs": None}
         if self.chat:
             choice["delta"] = {"content": piece.text} if piece.text else {}
         else:
             choice["text"] = piece.text
         if piece.tokens:
-            choice["logprobs"] = self._logprobs(piece.tokens, offset)
+            choice["logprobs"] = self._logprobs(piece.tokens)
         return self._chunk(choice)
 
     def usage(self, job: Job) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Shape:
         text = "".join(p.text for p in pieces)
         tokens = [t for p in pieces for t in p.tokens]
         choice: dict[str, Any] = {"index": index, "finish_reason": pieces[-1].finish_reason}
-        choice["logprobs"] = self._logprobs(tokens, 0) if tokens else None
+        choice["logprobs"] = self._logprobs(tokens) if tokens else None
         if self.chat:
             choice["message"] = {"role": "assistant", "content": text}
         else:
@@ -71,18 +71,14 @@ class Shape:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, tokens: Sequence[TokenText], offset: int) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[TokenText]) -> dict[str, Any]:
         if self.chat:
             return {"content": [{**_told(t), "top_logprobs": [_told(o) for o in t.top]} for t in tokens]}
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
         return {
             "tokens": [t.text for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [{_label(o): o.logprob for o in t.top} for t in tokens],
-            "text_offset": offsets,
+            "text_offset": [t.start for t in tokens],
         }
 
 

@@ -7,6 +7,7 @@ Knows the engine and text; does not know HTTP or OpenAI's bodies.
 import asyncio
 import math
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +24,14 @@ class TokenText:
         text: Of the token alone.
         raw: Its bytes; those of a part of a character are no text.
         logprob: Of the token.
+        start: Where its text begins in the answer; behind an unfinished character, where that does: it may be a part of it.
         top: The likeliest tokens at its place.
     """
 
     text: str
     raw: bytes
     logprob: float
+    start: int = 0
     top: "tuple[TokenText, ...]" = ()
 
 
@@ -38,7 +41,7 @@ class Piece:
 
     Attributes:
         text: What is certain now.
-        tokens: Those that came since the last piece, if log probabilities were asked for.
+        tokens: Those whose text begins in it, if log probabilities were asked for; what a stop string cuts off has none.
         finish_reason: At the end, why.
     """
 
@@ -94,6 +97,8 @@ class Answer:
         self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stops)
         self._eos, self._with_logprobs = request.eos_ids, request.logprobs is not None
         self._queue: asyncio.Queue[Token | None] = asyncio.Queue()
+        self._held: deque[TokenText] = deque()  # their text is not shown yet
+        self._read = self._shown = 0  # characters
         loop = asyncio.get_running_loop()
         self._stream: Stream = engine.submit(request)
 
@@ -119,23 +124,39 @@ class Answer:
             while True:
                 token = await self._queue.get()
                 if token is None:
-                    yield Piece(self._rest(), finish_reason=self._reason())
+                    text = self._show(self._detokenizer.flush())
+                    text += self._stops.flush()
+                    yield Piece(text, self._told(everything=not self._stops.found), self._reason())
                     return
                 self.new_tokens += 1
                 self.timing.tick()
                 ends = token.id in self._eos
-                text = "" if ends else self._stops.add(self._detokenizer.add(token.id))
-                told = (self._told(token),) if self._with_logprobs and not ends else ()
+                if ends:
+                    continue
+                if self._with_logprobs:
+                    self._held.append(self._named_with_top(token))
+                text = self._show(self._detokenizer.add(token.id))
                 if self._stops.found:
-                    yield Piece(text, told, "stop")
+                    yield Piece(text, self._told(), "stop")
                     return
-                if text or told:
-                    yield Piece(text, told)
+                if text:
+                    yield Piece(text, self._told())
         finally:
             self._stream.cancel()
 
-    def _rest(self) -> str:
-        return self._stops.add(self._detokenizer.flush()) + self._stops.flush()
+    def _show(self, added: str) -> str:
+        """Return what may be shown now that this text was added."""
+        self._read += len(added)
+        text = self._stops.add(added)
+        self._shown += len(text)
+        return text
+
+    def _told(self, *, everything: bool = False) -> tuple[TokenText, ...]:
+        """Return the tokens that were not told yet and whose text is shown, at least its beginning."""
+        told = []
+        while self._held and (everything or self._held[0].start < self._shown):
+            told.append(self._held.popleft())
+        return tuple(told)
 
     def _reason(self) -> str:
         reason = self._stream.finish_reason
@@ -145,13 +166,16 @@ class Answer:
             return "stop"
         return "abort" if reason == "cancelled" else str(reason)
 
-    def _told(self, token: Token) -> TokenText:
+    def _named_with_top(self, token: Token) -> TokenText:
         logprob = token.logprob if token.logprob is not None else 0.0
         return self._named(token.id, logprob, tuple(self._named(i, p) for i, p in token.top_logprobs))
 
+    def _start(self) -> int:
+        return self._read + max(0, self._detokenizer.waiting - 1)
+
     def _named(self, token: int, logprob: float, top: tuple[TokenText, ...] = ()) -> TokenText:
         text = str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
-        return TokenText(text, token_bytes(self._tokenizer, token, text), _finite(logprob), top)
+        return TokenText(text, token_bytes(self._tokenizer, token, text), _finite(logprob), self._start(), top)
 
 
 def _finite(logprob: float) -> float:

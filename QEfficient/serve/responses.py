@@ -85,10 +85,8 @@ async def _events(
         if shape.chat:
             for index in range(len(job.answers)):
                 yield _event(shape.first(index))
-        offsets = [0] * len(job.answers)
         async for index, piece in _merged(job.answers):
-            yield _event(shape.piece(index, piece, offsets[index]))
-            offsets[index] += len(piece.text)
+            yield _event(shape.piece(index, piece))
         if with_usage:
             yield _event(shape.usage(job))
         yield b"data: [DONE]\n\n"

@@ -126,7 +126,7 @@ def need_keys(keys: Keys, host: str) -> None:
 
 
 class _Draining(uvicorn.Server):
-    """Takes no new requests from the first signal on, and ends running ones when their time is up."""
+    """Refuses new requests from the first signal on, and ends running ones when their time is up; then it stops to listen."""
 
     def __init__(self, config: uvicorn.Config, server: Server) -> None:
         super().__init__(config)
@@ -139,9 +139,15 @@ class _Draining(uvicorn.Server):
             timer = threading.Timer(self._served.limits.grace_seconds, self._served.abort_all)
             timer.daemon = True
             timer.start()
+            return
         # Not super(): it would raise the signal again at the end, and a server that finished its work ends with code 0.
-        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.force_exit = sig == signal.SIGINT
         self.should_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Go on until what runs has ended: who comes meanwhile is told to go elsewhere, and so is a health check."""
+        self.should_exit = self.should_exit or (self._served.draining and not self._served.jobs)
+        return await super().on_tick(counter)
 
 
 def _tokenizer(base: str) -> Any:

@@ -33,10 +33,14 @@ class Detokenizer:
     A character may be spread over several tokens, and the space before a word shows only together with the token before it.
     So a piece is what a short window of tokens says more than it said without the newest, and it waits while it ends within a
     character.
+
+    Attributes:
+        waiting: Characters of what waits; the last one is unfinished.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self.waiting = 0
         self._ids: list[int] = []
         self._window = self._read = 0
 
@@ -46,7 +50,9 @@ class Detokenizer:
         before = self._decode(self._ids[self._window : self._read])
         now = self._decode(self._ids[self._window :])
         if now.endswith(_UNFINISHED) or len(now) <= len(before):
+            self.waiting = max(0, len(now) - len(before))
             return ""
+        self.waiting = 0
         self._window, self._read = self._read, len(self._ids)
         return now[len(before) :]
 

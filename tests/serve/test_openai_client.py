@@ -100,6 +100,28 @@ def test_stop_strings_over_the_borders_of_tokens(served: Running) -> None:
     assert "".join(c.choices[0].text for c in chunks) == cut.choices[0].text
 
 
+def test_tokens_that_are_told_are_those_of_the_text(served: Running) -> None:
+    """Log probabilities of what a stop string cuts off are left out, whole and streamed; offsets are those of the text."""
+    client = served.client()
+    ask = {"model": "one", "prompt": "hello", "max_tokens": 24, "temperature": 0, "logprobs": 1}
+    text = client.completions.create(**ask).choices[0]
+    whole, told = text.text, text.logprobs
+    assert len(told.tokens) == 24
+    assert told.text_offset == sorted(told.text_offset)
+    # A token behind an unfinished character, which a random model writes often, is told to begin where that does.
+    assert all(t in whole[at : at + 2] for at, t in zip(told.text_offset, told.tokens, strict=True))
+    stop = whole[5:8]
+    end = whole.index(stop)
+    cut = client.completions.create(stop=stop, **ask).choices[0]
+    kept = [i for i, at in enumerate(told.text_offset) if at < end]
+    assert cut.text == whole[:end]
+    assert cut.logprobs.token_logprobs == pytest.approx([told.token_logprobs[i] for i in kept], abs=1e-5)
+    assert cut.logprobs.text_offset == [told.text_offset[i] for i in kept]
+    pieces = [c.choices[0].logprobs for c in client.completions.create(stop=stop, stream=True, **ask)]
+    assert [at for p in pieces if p for at in p.text_offset] == cut.logprobs.text_offset
+    assert [t for p in pieces if p for t in p.tokens] == cut.logprobs.tokens
+
+
 def test_prompts_of_tokens(served: Running) -> None:
     """A prompt may be tokens, and several prompts may come at once."""
     client = served.client()
@@ -247,6 +269,9 @@ def test_keys_and_their_limits(start, tmp_path) -> None:
         small.chat.completions.create(model="two", **ASK)
     with pytest.raises(openai.PermissionDeniedError):
         small.post("/unload_lora_adapter", body={"lora_name": "one"}, cast_to=str)
+    with pytest.raises(openai.PermissionDeniedError, match="may not see the metrics"):
+        small.get(f"{running.url}/metrics", cast_to=str)
+    assert "qeff_slots" in running.client("root-secret").get(f"{running.url}/metrics", cast_to=str)
     for _ in range(2):
         small.chat.completions.create(model="one", **ASK)
     with pytest.raises(openai.RateLimitError) as refused:
@@ -260,19 +285,25 @@ def test_keys_and_their_limits(start, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_shutdown_finishes_what_runs(start) -> None:
-    """After SIGTERM running streams end whole, new requests are refused, and the process ends with code 0."""
-    running = start("--grace-seconds", "60")
+    """After SIGTERM running streams end whole, new requests and health checks get 503, and the process ends with code 0."""
+    running = start("--grace-seconds", "60", "--slots", "1")
     client = running.client()
     client.completions.create(model="one", prompt="warm", max_tokens=1)
     stream = client.completions.create(
-        model="one", prompt="x", max_tokens=200, stream=True, temperature=0, extra_body={"ignore_eos": True}
+        model="one", prompt="x", max_tokens=250, n=16, stream=True, temperature=0, extra_body={"ignore_eos": True}
     )
     iterator = iter(stream)
     next(iterator)
     with ThreadPoolExecutor(1) as pool:
         stopped = pool.submit(running.stop)
+        while "draining" not in [e["event"] for e in running.events()]:
+            time.sleep(0.01)
+        with pytest.raises(openai.InternalServerError, match="shutting down"):
+            running.client().completions.create(model="one", prompt="x", max_tokens=1)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(f"{running.url}/health")
         chunks = list(iterator)
-        assert chunks[-1].choices[0].finish_reason == "length"
+        assert [c.choices[0].finish_reason for c in chunks if c.choices[0].finish_reason] == ["length"] * 16
         assert stopped.result() == 0
     assert "closed" in [e["event"] for e in running.events()]
 
