@@ -5,7 +5,7 @@ import copy
 import json
 import re
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -85,9 +85,10 @@ def read_adapter(name: str, path: str | Path, base: str, base_config: Any) -> Ad
 
 def _refuse_wrong_types(name: str, config: Any) -> None:
     """Refuse numbers that are none: what PEFT makes of them names neither field nor value."""
+    usual = {one.name: one.default for one in fields(config)}
     for number in ("r", "lora_alpha", "lora_dropout"):
         value = getattr(config, number, 0)
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) and value != usual.get(number):
             raise ArtifactError(
                 f"adapter {name!r} cannot be used: adapter_config.json says {number} {value!r}, which must be a number; correct it"
             )
@@ -101,8 +102,8 @@ def expected_tensors(base_config: Any, config: Any, name: str) -> tuple[dict[str
     Raises:
         AdapterMismatchError: PEFT cannot put such an adapter on this base.
     """
-    fields = {**config.to_dict(), "base_model_name_or_path": None, "revision": None}
-    said = json.dumps(fields, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
+    values = {**config.to_dict(), "base_model_name_or_path": None, "revision": None}
+    said = json.dumps(values, sort_keys=True, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
     return _expected(_Pair(base_config.to_json_string(use_diff=False) + said, base_config, config, name))
 
 

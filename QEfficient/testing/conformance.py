@@ -151,6 +151,7 @@ class _Tester:
         self.config = read_base_config(base)
         self.paths: dict[str, Path] = {}
         self.apart: dict[str, Path] = {}
+        self.refused: dict[str, QEffError] = {}
         self.tokens: list[int] = []
         self.eval_data: str | Path | None = None
         self.tasks: tuple[str, ...] = ()
@@ -210,10 +211,18 @@ class _Tester:
 
     def run_apart(self, name: str, greedy_tokens: int | None, measure_speed: bool, budgets: Budgets) -> None:
         """Run the model's stages with one adapter that PEFT takes beside no other; the base has been asked already."""
-        alone = copy.copy(self)
-        alone.paths, alone.apart = {name: self.apart[name]}, {}
+        alone, refusal = copy.copy(self), self.refused.get(name)
+        alone.paths, alone.apart, alone.refused = {name: self.apart[name]}, {}, {}
         alone.report = replace(self.report, results=[], measurements=[])
-        found = alone.run(greedy_tokens, measure_speed, budgets)
+        check = next(c for c in self.checks[Stage.ADAPTER] if c.name == "shapes")
+        try:
+            found = alone.run(greedy_tokens, measure_speed, budgets)
+        except QEffError as e:
+            self.report.results.append(check.result(Stage.ADAPTER, name, Outcome.FAIL, f"PEFT cannot load it: {e}"))
+            return
+        if refusal is not None:
+            text = f"PEFT cannot load it beside the others, so it was tested apart: {refusal}"
+            self.report.results.append(check.result(Stage.ADAPTER, name, Outcome.WARN, text))
         self.report.results += [r for r in found.results if r.subject == name]
         self.report.measurements += [m for m in found.measurements if m.subject == name]
 
@@ -260,15 +269,14 @@ class _Tester:
         regress(self.report, earlier, self.selection, self.progress)
 
     def attach(self, reference: Reference, name: str, path: Path) -> None:
-        """Load one adapter with PEFT; one that PEFT refuses is reported and left out, unless it is the last."""
+        """Load one adapter with PEFT; what it refuses is left out, and tried apart from the others unless it is the last."""
         try:
             reference.attach(name, path)
         except QEffError as e:
             del self.paths[name]
             if not self.paths:
                 raise
-            check = next(c for c in self.checks[Stage.ADAPTER] if c.name == "shapes")
-            self.report.results.append(check.result(Stage.ADAPTER, name, Outcome.FAIL, f"PEFT cannot load it: {e}"))
+            self.apart[name], self.refused[name] = path, e
 
     def graphs(self, reference: Reference) -> list[Graph]:
         """Find the graph that was given, or export."""

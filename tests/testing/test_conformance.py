@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import VeraConfig
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaConfig
 
@@ -138,6 +139,20 @@ def test_adapters_that_share_no_base_are_tested_apart(tmp_path: Path):
     save_file({**tensors, broken: tensors[broken] * np.nan}, given["b"] / "adapter_model.safetensors")
     found = testing.run(base, given, only=["pytorch.effect"], greedy_tokens=4)
     assert [r.subject for r in found.with_outcome(Outcome.FAIL)] == ["b"]
+
+
+def test_adapter_that_peft_refuses_beside_others_is_tested_apart(folders: Folders, tmp_path: Path):
+    """VeRA adapters share random matrices, which only fit those of one rank; one that fits nothing fails all the same."""
+    given = {
+        f"rank-{r}": save_adapter(folders.base, tmp_path / f"{r}", config=VeraConfig(r=r, task_type="CAUSAL_LM"))
+        for r in (4, 8)
+    }
+    found = testing.run(folders.base, given, only=["adapter.shapes", "pytorch.effect"], greedy_tokens=4)
+    assert found.with_outcome(Outcome.FAIL) == []
+    (warned,) = found.with_outcome(Outcome.WARN)
+    assert (warned.subject, warned.name) == ("rank-8", "adapter.shapes")
+    assert "beside the others, so it was tested apart" in warned.message
+    assert [r.subject for r in found.results if r.name == "pytorch.effect"] == ["rank-4", "rank-8"]
 
 
 def test_other_models_pass(tmp_path: Path):
