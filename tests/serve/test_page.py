@@ -61,7 +61,7 @@ class Page:
 def page(tmp_path: Path, served: Running) -> Iterator[Page]:
     """The server's page, loaded."""
     with subprocess.Popen(
-        [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path}/browser"], stderr=subprocess.DEVNULL
+        [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path}/browser", "about:blank"], stderr=subprocess.DEVNULL
     ) as browser:
         try:
             ready = tmp_path / "browser" / "DevToolsActivePort"
