@@ -121,8 +121,8 @@ def measure(run: str, options: Options) -> dict[str, Any]:
     from finetune_trainers import TRAINERS, Work
     from flops import product_flops_per_second, training_flops
 
+    from QEfficient.finetune.allocator import peak_memory_bytes
     from QEfficient.finetune.data import Example
-    from QEfficient.finetune.train import peak_memory_bytes
 
     who, data, name = run.split("/")
     torch.set_num_threads(options.threads)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
+from QEfficient.finetune.allocator import peak_memory_bytes
+
 _LINES = 10
 """How often the loss is shown without a terminal."""
 
@@ -53,7 +55,7 @@ class ProgressCallback(TrainerCallback):
         self._bar.start()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show loss, learning rate and speed; without a terminal, in a line of its own."""
+        """Show loss, learning rate, speed and the most memory so far; without a terminal, in a line of its own."""
         if logs and "eval_loss" in logs:
             self._line(f"{self.title}: {state.global_step}/{state.max_steps}  validation {logs['eval_loss']:.3f}")
         if not logs or "loss" not in logs:
@@ -62,6 +64,7 @@ class ProgressCallback(TrainerCallback):
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         tokens = (state.num_input_tokens_seen - self._tokens) / elapsed
         speed = f"  {tokens:,.0f} tokens/s" if tokens else ""
+        speed += f"  {peak_memory_bytes() / 2**30:.1f} GiB"
         self._text = f"loss {self._losses[-1]:.3f}  lr {logs.get('learning_rate', 0):.1e}{speed}"
         if self._bar is None and state.global_step % max(1, state.max_steps // _LINES) == 0:
             mean = sum(self._losses) / len(self._losses)

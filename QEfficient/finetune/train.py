@@ -4,19 +4,17 @@
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PrinterCallback
 
 from QEfficient.errors import ArtifactError, ConfigError
 from QEfficient.finetune import checkpoints, preflight
-from QEfficient.finetune.allocator import memory_kept
+from QEfficient.finetune.allocator import memory_kept, peak_memory_bytes
 from QEfficient.finetune.batches import ClassCollator, Collator, Rows
 from QEfficient.finetune.classes import CLASSES_FILE
 from QEfficient.finetune.config import CONFIG_FILE, TrainConfig, write
@@ -213,18 +211,6 @@ def _measured(trainer: AdapterTrainer, model: Any) -> dict[str, float]:
         "peak_memory_bytes": float(peak_memory_bytes()),
         "processes": float(trainer.args.world_size),
     }
-
-
-def peak_memory_bytes() -> int:
-    """Return the most memory that this process has used: of the GPU if there is one, else resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    if sys.platform == "win32":
-        return 0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _write(

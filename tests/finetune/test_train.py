@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from rich.console import Console
 
+from QEfficient.finetune.allocator import peak_memory_bytes
 from QEfficient.finetune.config import TrainConfig
 from QEfficient.finetune.data import IGNORED, Example, tokenize
 from QEfficient.finetune.formats import Segment
@@ -149,3 +151,6 @@ def test_progress_is_written_in_lines_without_a_terminal(
     assert [line.split("  ")[0] for line in lines[1:]] == [f"sql: {n}/20" for n in range(2, 21, 2)]
     assert "loss " in lines[1]
     assert " s left" in lines[1]
+    held = re.search(r"  (\d+\.\d) GiB  ", lines[1])
+    assert held is not None
+    assert float(held[1]) == pytest.approx(peak_memory_bytes() / 2**30, abs=0.2)
