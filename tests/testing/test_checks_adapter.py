@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from peft import AdamssConfig
 from transformers import AutoConfig
 
 from QEfficient.errors import AdapterMismatchError
@@ -160,6 +161,20 @@ def test_base_of_another_structure_is_told_apart(folders: Folders, tmp_path: Pat
     found = ask("base", read(folders.base, folder))
     assert found.outcome is Outcome.FAIL
     assert "model_type 'qwen2', here 'llama'" in found.message
+
+
+def test_shapes_that_depend_on_weights_are_not_compared(folders: Folders, tmp_path: Path):
+    """AdaMSS counts clusters of the base's weights: only names are known before the base is loaded, and those are compared."""
+    pytest.importorskip("sklearn", reason="AdaMSS needs scikit-learn")
+    adamss = AdamssConfig(r=8, num_subspaces=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = save_adapter(folders.base, tmp_path / "adamss", config=adamss)
+    base_config = AutoConfig.from_pretrained(folders.base)
+    found = examine("one", folder, str(folders.base), base_config, Selection())
+    assert found.error is None
+    assert [r.message for r in found.results if r.outcome is Outcome.FAIL] == []
+    config(target_modules=["q_proj", "v_proj"])(folder)
+    found = examine("one", folder, str(folders.base), base_config, Selection())
+    assert [r.name for r in found.results if r.outcome is Outcome.FAIL] == ["adapter.coverage"]
 
 
 def test_edited_rank_is_told_with_both_ranks(folders: Folders, tmp_path: Path):
