@@ -65,10 +65,11 @@ def test_a_system_without_large_pages_is_said_so(
     monkeypatch.setattr(pages, "_MADV_COLLAPSE", 9999)  # what a kernel before 6.1 makes of 25
     caplog.clear()
     with on_large_pages():
-        _mapped(b"x")
+        kept = _mapped(b"x")  # until the context ends
     assert caplog.messages == [
         "large pages change nothing here: the kernel cannot move memory onto them (Linux 6.1 and later can)"
     ]
+    assert kept[:] == b"x" * len(kept)
 
 
 @pytest.mark.parametrize(
