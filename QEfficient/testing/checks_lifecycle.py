@@ -21,7 +21,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from QEfficient.contract import BASE
 from QEfficient.peft.adapters import read_tensors
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
-from QEfficient.testing.compare import FLOAT32_NOISE, LOGITS_TOLERANCE, Logits
+from QEfficient.testing.compare import FLOAT32_NOISE, LOGITS_TOLERANCE, Logits, apart
 from QEfficient.testing.known import explain, keeps_apart
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
@@ -29,12 +29,6 @@ from QEfficient.testing.text import listed, number
 
 _SECOND = "qefficient_second"
 _FILE = "adapter_model.safetensors"
-
-
-def apart(got: Logits, want: npt.NDArray[np.floating[Any]]) -> float:
-    """Return the largest difference, relative to the range of the logits at its position."""
-    span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
-    return float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
 
 
 def known(question: str, reference: Reference, subject: str) -> str | None:

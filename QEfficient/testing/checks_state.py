@@ -6,7 +6,7 @@ import numpy as np
 from QEfficient.contract import Manifest
 from QEfficient.testing.candidate import Candidate, prefill
 from QEfficient.testing.check import Check, Finding, failed, passed, skipped
-from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
+from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits, apart
 from QEfficient.testing.report import Outcome, Series
 from QEfficient.testing.text import number
 from QEfficient.testing.workload import Tokens
@@ -72,7 +72,7 @@ def _ask_long(candidate: Candidate, subject: str) -> Finding:
     start = len(row) - _TAIL
     prefill(candidate.session, [row[:start]])
     got = [candidate.session.run(row[None, p : p + 1], np.array([[p]]))[0, -1] for p in range(start, len(row))]
-    error = _apart(np.stack(got), want)
+    error = apart(np.stack(got), want)
     if error <= LOGITS_TOLERANCE:
         return passed(
             f"The last tokens of {len(row)} that fill the cache are within {number(error)} of the range.", error
@@ -96,7 +96,7 @@ def _ask_slots(candidate: Candidate, subject: str) -> Finding:
     session.allocate(2, candidate.workload.ctx_len)
     prefill(session, [first, second])
     taken = _take_slot(candidate, third, second)
-    error = _apart(taken[None], fresh[0][-1].logits[None])
+    error = apart(taken[None], fresh[0][-1].logits[None])
     if error <= _SLOT_TOLERANCE:
         return passed("A slot that another sequence used gives what a fresh one gives.", error)
     text = f"A new sequence in a used slot gives logits that differ by {number(error)} of their range from those of a fresh slot"
@@ -121,16 +121,11 @@ def _ask_neighbours(candidate: Candidate, subject: str) -> Finding:
     for other in others[:2]:
         session.allocate(2, candidate.workload.ctx_len)
         said.append(prefill(session, [one, other])[0][-1].logits)
-    error = _apart(said[1][None], said[0][None])
+    error = apart(said[1][None], said[0][None])
     if error <= _SLOT_TOLERANCE:
         return passed("A row's logits do not depend on the row beside it.", error)
     text = f"With another row beside it a row's logits move by {number(error)} of their range"
     return failed(f"{text}. Rows of a batch leak into each other: look at masks, and at sums over the batch.", error)
-
-
-def _apart(got: Logits, want: Logits) -> float:
-    span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
-    return float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
 
 
 _ROUNDING = "Batches of other shapes may add in another order: below 1e-05 of the logits' range."

@@ -14,8 +14,7 @@ from QEfficient.contract import BASE
 from QEfficient.export.skeleton import uncounted_token
 from QEfficient.peft.tasks import tasks_of
 from QEfficient.testing.check import Check, Facts, Finding, failed, passed, skipped
-from QEfficient.testing.checks_lifecycle import apart
-from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
+from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits, apart
 from QEfficient.testing.known import takes_from_base
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import Outcome
@@ -196,8 +195,7 @@ def _ask_weighted(reference: Reference, subject: str) -> Finding:
         if _COMBINED in model.peft_config:
             model.delete_adapter(_COMBINED)
         reference.logits(subject, reference.short[:1])
-    span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
-    error = float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
+    error = apart(got, want)
     if error <= LOGITS_TOLERANCE:
         return passed(f"{' + '.join(names)}, combined into one adapter, gives what they give together.", error)
     text = f"{' + '.join(names)}, combined by add_weighted_adapter, differs by {number(error)} of the range from both at once"

@@ -2,6 +2,7 @@
 """Logits against logits: how far, where, and how much of the adapter's effect arrives. Knows no model."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +64,12 @@ class Difference:
     def gain(self) -> float:
         """How much of the adapter's effect arrives: 1 is all of it, 0 nothing, 2 twice as much."""
         return self.agreement / self.energy if self.energy else 0.0
+
+
+def apart(got: Logits, want: npt.NDArray[np.floating[Any]]) -> float:
+    """Return the largest difference, relative to the range of the logits at its position, of logits ``(..., V)``."""
+    span = np.maximum(np.ptp(want, axis=-1), np.finfo(np.float32).tiny)
+    return float((np.abs(got.astype(np.float64) - want).max(axis=-1) / span).max())
 
 
 def difference(

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from QEfficient.contract import BASE
 from QEfficient.testing.candidate import Candidate
 from QEfficient.testing.check import Facts, Finding, failed, passed, skipped
-from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits
+from QEfficient.testing.compare import LOGITS_TOLERANCE, Logits, apart
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.text import number
 
@@ -60,12 +60,12 @@ def ask_features(candidate: Candidate, subject: str) -> Finding:
     """Name the feature without which PyTorch gives the engine's logits."""
     got, last = candidate.first_logits(subject), candidate.workload.prompt_lengths[0] - 1
     reference = candidate.reference
-    error = _apart(got, reference.workload_logits(subject)[0][last])
+    error = apart(got, reference.workload_logits(subject)[0][last])
     if error <= LOGITS_TOLERANCE:
         return passed("The logits are those of the adapter with all that it has.", error)
     variants = [("the adapter (the bare base)", reference.untouched[0][last])]
     variants += [(n, logits[last]) for n, logits in _variants(reference, subject)]
-    errors = {name: _apart(got, logits) for name, logits in variants}
+    errors = {name: apart(got, logits) for name, logits in variants}
     facts: Facts = {f"off, without {n}": number(e, "of range") for n, e in errors.items()}
     nearest = min(errors, key=lambda n: errors[n])
     if errors[nearest] <= LOGITS_TOLERANCE:
@@ -103,7 +103,3 @@ def _logits(reference: Reference, source: Path, content: dict[str, Any], tensors
             if _TRIAL in reference.model.peft_config:
                 reference.model.delete_adapter(_TRIAL)
             reference.logits(BASE, reference.short[:1])
-
-
-def _apart(got: Logits, want: Logits) -> float:
-    return float(np.abs(got.astype(np.float64) - want).max() / max(np.ptp(want), np.finfo(np.float32).tiny))
