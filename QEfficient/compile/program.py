@@ -21,7 +21,7 @@ from QEfficient.store import link_or_copy, record_file, record_files, verify_fil
 
 PROGRAM_DIR = "program"
 CONFIG_FILE = "qconfig.json"
-FORMAT_VERSION = 8
+FORMAT_VERSION = 9
 """Raised when the passes change what they make of the same graph."""
 
 

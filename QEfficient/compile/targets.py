@@ -18,6 +18,7 @@ from QEfficient.compile.mixed import GatherAdapterPieces
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
+from QEfficient.compile.transposes import FuseWeightTranspose
 from QEfficient.compile.values import CONTRIB
 from QEfficient.compile.weightfile import files_of, store_weights
 from QEfficient.contract import MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
@@ -108,6 +109,7 @@ class OnnxRuntime:
         pieces = GatherAdapterPieces([s.joined or s.name for s in specs if s.bound])
         if mixed:
             model, _ = pieces.apply(model)
+        model, _ = FuseWeightTranspose().apply(model)  # of what is not quantised
         # Without the large weights, the graph's own file is not worth keeping for the rest.
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)
