@@ -129,6 +129,11 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
 
+    @property
+    def is_program(self) -> bool:
+        """Whether it is of a program; otherwise it is of a graph."""
+        return "target" in self.options
+
     def require_weights(self, folder: Path) -> None:
         """Refuse a graph that was exported without its weights.
 

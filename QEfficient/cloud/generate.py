@@ -61,7 +61,7 @@ class Options:
     block_size: int | None = option(
         None, "Weights that share a scale, at int8 and int4. Default: see 'qefficient compile --help'."
     )
-    threads: int = option(0, "Threads; 0: one for each physical core.")
+    threads: int = option(0, "Threads; 0: one for each physical core that the process may use.")
     large_pages: bool = option(
         False,
         "Weights on large pages of memory, where the system has them: loading takes longer, tokens may be faster.",
@@ -149,9 +149,7 @@ def _from_graph(folder: Path, adapters: dict[str, str], options: Options, show: 
         raise ConfigError(
             f"{folder} is an exported graph, which comes with its adapters: leave out --adapter, or give the base"
         )
-    from QEfficient.compile.program import is_program
-
-    graph = folder.parent.parent if is_program(Manifest.read(folder)) else folder
+    graph = folder.parent.parent if Manifest.read(folder).is_program else folder
     files = {file.stem: file for file in sorted((graph / ADAPTERS_DIR).glob("*.safetensors"))}
     if not files and Manifest.read(folder).adapter and options.use != [BASE]:
         raise ConfigError(
@@ -167,10 +165,10 @@ def _from_graph(folder: Path, adapters: dict[str, str], options: Options, show: 
 
 def _open(folder: Path, options: Options, show: Progress) -> "OrtSession":
     """Open a program, or what a graph is compiled to."""
-    from QEfficient.compile.program import compile_graph, is_program
+    from QEfficient.compile.program import compile_graph
     from QEfficient.runtime.session import OrtSession
 
-    if not is_program(Manifest.read(folder)):
+    if not Manifest.read(folder).is_program:
         show("compiling", folder.name)
         folder = compile_graph(
             folder, precision=options.precision, block_size=options.block_size, ctx_len=options.ctx_len

@@ -73,7 +73,7 @@ def compile_graph(
     manifest = Manifest.read(graph)
     manifest.require_weights(graph)
     _check_sizes(manifest, batch_size=batch_size, prefill_seq_len=prefill_seq_len, ctx_len=ctx_len)
-    if is_program(manifest):
+    if manifest.is_program:
         raise ConfigError(f"{graph} is a program, compiled already; give the graph that it was made of")
     if precision not in BITS and (block_size is not None or not symmetric):
         raise ConfigError(
@@ -154,11 +154,6 @@ def default_block_size(precision: str, base: Mapping[str, Any]) -> int:
     hidden = base.get("config", {}).get("hidden_size")
     fitting = [size for size in (128, 64) if precision == "int8" and isinstance(hidden, int) and hidden % size == 0]
     return fitting[0] if fitting else 32
-
-
-def is_program(manifest: Manifest) -> bool:
-    """Return whether a folder's manifest is that of a program; otherwise it is a graph's."""
-    return "target" in manifest.options
 
 
 def _is_whole(program: Path) -> bool:

@@ -32,7 +32,7 @@ class Engine:
         slots: Most requests that run at a time.
         ctx_len: Most positions of a request, prompt and new tokens together.
         queue_len: Most requests that wait besides.
-        threads: Threads of a call; ``None``: one for each physical core.
+        threads: Threads of a call; ``None``: one for each physical core that the process may use.
         chunk_len: Most prompt tokens in one call: how long decoding waits for a prompt at most.
         adapter_bytes: Most bytes of adapters; ``None``: any number.
         prefix_bytes: Most bytes of what prompts left for others that begin alike; 0: nothing is kept.

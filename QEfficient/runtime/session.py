@@ -43,6 +43,7 @@ from QEfficient.errors import (
 )
 from QEfficient.options import suggest
 from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, split_entries, validate
+from QEfficient.runtime.cores import usable_cores
 from QEfficient.runtime.pages import on_large_pages
 from QEfficient.store import verify_files
 
@@ -112,7 +113,7 @@ class OrtSession:
 
     Args:
         folder: A graph folder or a program folder.
-        threads: Threads of one call; ``None``: one for each physical core.
+        threads: Threads of one call; ``None``: one for each physical core that the process may use.
         verify: Check the folder's files against its manifest first (sizes and times; bytes only where those changed).
         large_pages: Put the weights on large pages of memory where the system has them: for sessions that live long, because
             loading takes longer (up to 3 s for a gigabyte was seen) and every token a little less.
@@ -131,13 +132,17 @@ class OrtSession:
         if verify:
             verify_files(folder, self.manifest.files)
         options = onnxruntime.SessionOptions()
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        if threads is not None or usable_cores() < (psutil.cpu_count(logical=False) or 1):
+            options.intra_op_num_threads = threads or usable_cores()
         os.environ.setdefault(_DISABLE_FLASH, "1")
         try:
             with on_large_pages() if large_pages else nullcontext():
                 self._ort = onnxruntime.InferenceSession(
-                    folder / MODEL_FILE, options, providers=["CPUExecutionProvider"]
+                    folder / MODEL_FILE,
+                    options,
+                    providers=["CPUExecutionProvider"],
+                    # Folding the transposes of a graph's weights takes longer than all else that loading does; programs have none.
+                    disabled_optimizers=None if self.manifest.is_program else ["ConstantFolding"],
                 )
         except Exception as e:  # ONNX Runtime's exceptions share no base class
             raise ArtifactError(f"ONNX Runtime cannot load {folder / MODEL_FILE}: {e}") from e
