@@ -50,7 +50,7 @@ class Resident:
         bytes: What it takes there.
         virtual_tokens: Entries that it puts first into every row.
         uses: Who holds it: requests, and whoever is about to make one.
-        used: When it was last taken, in a count of such moments.
+        used: When it was last taken, in a count of such moments in all sessions.
         gone: It is no longer in the session.
     """
 
@@ -62,6 +62,9 @@ class Resident:
     uses: int = 0
     used: int = 0
     gone: bool = False
+
+
+_MOMENTS = itertools.count(1)
 
 
 class Residents:
@@ -87,7 +90,6 @@ class Residents:
         self.on_empty: Callable[[], None] = lambda: None
         self._changed = threading.Condition(threading.RLock())
         self._numbers = itertools.count(1)
-        self._moments = itertools.count(1)
         self._here: dict[str, Resident] = {}  # by version
         self._newest: dict[str, Resident] = {BASE: Resident(BASE, BASE, self)}  # by name
 
@@ -143,7 +145,7 @@ class Residents:
         made.bytes = self._session.adapter_bytes(made.version)
         made.virtual_tokens = self._session.entries_of(made.version)
         with self._changed:
-            made.used = next(self._moments)
+            made.used = next(_MOMENTS)
             self._here[made.version] = made
         try:
             self._make_room(made, seconds)
@@ -198,7 +200,7 @@ class Residents:
         with self._changed:
             if not resident.gone:
                 resident.uses += 1
-                resident.used = next(self._moments)
+                resident.used = next(_MOMENTS)
             return not resident.gone
 
     def release(self, resident: Resident) -> None:
@@ -207,6 +209,21 @@ class Residents:
             resident.uses -= 1
             self._drop_unused(resident)
             self._changed.notify_all()
+
+    def last_use(self) -> int | None:
+        """Return when a version was last taken (0: there is none), ``None`` if one is in use now."""
+        with self._changed:
+            here = self._here.values()
+            return None if any(r.uses for r in here) else max((r.used for r in here), default=0)
+
+    def evict_all(self) -> bool:
+        """Let all versions go, unless one is in use; return whether they went."""
+        with self._changed:
+            if self.last_use() is None:
+                return False
+            for resident in list(self._here.values()):
+                self._evict(resident)
+            return True
 
     def _find(self, name: str) -> Resident:
         found = self._newest.get(name) or self._here.get(name)
@@ -228,6 +245,11 @@ class Residents:
             if not self._here:
                 self.on_empty()
 
+    def _evict(self, idle: Resident) -> None:
+        del self._newest[idle.name]  # what is idle is the newest of its name
+        self._drop(idle)
+        self.evictions += 1
+
     def _make_room(self, made: Resident, seconds: float) -> None:
         """Evict what was not used for longest until all that is left fits."""
         if self.max_bytes is None:
@@ -241,10 +263,7 @@ class Residents:
             while self.bytes > self.max_bytes:
                 idle = [r for r in self._here.values() if not r.uses]
                 if idle:
-                    oldest = min(idle, key=lambda r: r.used)
-                    del self._newest[oldest.name]  # what is idle is the newest of its name
-                    self._drop(oldest)
-                    self.evictions += 1
+                    self._evict(min(idle, key=lambda r: r.used))
                 elif (left := deadline - time.monotonic()) <= 0:
                     raise AdaptersFullError("every resident adapter is in use; try again later")
                 else:

@@ -93,6 +93,11 @@ class SlotSession(OrtSession):
             if self._entries[name] and all(np.array_equal(t, base[n]) for n, t in placed.items()):
                 self._adapters[name] = base
 
+    def memory_bytes(self) -> dict[str, int]:
+        """See :meth:`OrtSession.memory_bytes`; adapters may come and go meanwhile."""
+        with self._lock:
+            return super().memory_bytes()
+
     def adapter_bytes(self, name: str) -> int:
         """Return what a resident adapter takes."""
         with self._lock:

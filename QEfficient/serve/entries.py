@@ -55,6 +55,9 @@ class Source(Protocol):
     def tidy(self) -> bool:
         """Let go of engines that hold no adapter any more; return whether there were any."""
 
+    def evict(self) -> bool:
+        """Let the engine go that was idle for longest, with its adapters; return whether one was idle."""
+
 
 @dataclass(slots=True)
 class Counts:

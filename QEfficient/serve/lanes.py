@@ -2,11 +2,12 @@
 """The engines of one base: one for each graph, because no graph takes adapters of every kind.
 
 The first serves the base and, as a rule, LoRA. An adapter that fits none of the graphs here (DoRA, IA3, ``modules_to_save``, …) gets one of its
-own kind, which goes with the last adapter of that kind.
+own kind, which goes with the last adapter of that kind, or for another kind once all its adapters are idle.
 """
 
 import gc
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,15 @@ from typing import Any
 import numpy as np
 
 from QEfficient.contract import ADAPTERS_DIR, Manifest
+from QEfficient.errors import AdaptersFullError
 from QEfficient.peft.adapters import Adapter, fit, neutral_tensors, read_exported
 from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.residents import Resident
 from QEfficient.runtime.stats import Stats
 from QEfficient.serve.preparing import Preparer, Wanted
+
+_LOOK_SECONDS = 0.1
+"""How often whoever needs an engine's place looks for one that is idle."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class Lanes:
         compiling: How graphs are compiled.
         preparer: Makes adapters and graphs ready.
         on_empty: Called when an engine besides the first has lost its last adapter; it must not wait for anything.
+        on_full: Called when there are as many engines as may be and one more is needed; it calls :meth:`evict` at a moment when no
+            adapter is loaded, and returns what that says.
+        seconds: How long to wait for an engine that is idle.
     """
 
     base: str
@@ -76,6 +84,8 @@ class Lanes:
     compiling: Mapping[str, Any] = field(default_factory=dict)
     preparer: Preparer = field(default_factory=Preparer)
     on_empty: Callable[[], None] = lambda: None
+    on_full: Callable[[], bool] = lambda: False
+    seconds: float = 120.0
     _all: tuple[Lane, ...] = field(init=False)
     _opening: threading.Lock = field(default_factory=threading.Lock)
     _changing: threading.Lock = field(default_factory=threading.Lock)
@@ -108,6 +118,7 @@ class Lanes:
 
         Raises:
             QEffError: It cannot be exported, or needs one graph more than there may be.
+            AdaptersFullError: All graphs that could make room are in use.
         """
         with self._opening:
             most = self.most if self.open is not None else 1
@@ -115,10 +126,28 @@ class Lanes:
                 Wanted(self.base, key, name, folder, tuple(lane.graph for lane in self), most, self.compiling)
             )
             if program is not None and self.open is not None:
+                self._make_room()
                 lane = Lane(graph, self.open(program))
                 lane.engine.residents.on_empty = lambda: self.on_empty()
                 with self._changing:
                     self._all += (lane,)
+
+    def _make_room(self) -> None:
+        """Wait until there may be one engine more."""
+        deadline = time.monotonic() + self.seconds
+        while len(self) >= self.most and not self.on_full():
+            if time.monotonic() > deadline:
+                raise AdaptersFullError(f"all {self.most} graphs of this server are in use; try again later")
+            time.sleep(_LOOK_SECONDS)
+
+    def evict(self) -> bool:
+        """Close the engine, not the first, whose adapters have been idle for longest; return whether one was idle.
+
+        Whoever calls this loads no adapter at that moment.
+        """
+        homes = [lane.engine.residents for lane in self._all[1:]]
+        idle = {home: used for home in homes if (used := home.last_use()) is not None}
+        return bool(idle) and min(idle, key=idle.__getitem__).evict_all() and self.close_empty()
 
     def close_empty(self) -> bool:
         """Close all engines but the first that hold no adapter; return whether there were any.
@@ -145,15 +174,18 @@ class Lanes:
             return _total([self._gone, *(lane.engine.stats() for lane in self)])
 
     def memory(self) -> dict[str, int | None]:
-        """Return of all engines together: adapters in memory, their bytes, most bytes (``None``: any), evictions."""
+        """Return of all engines together: adapters in memory, their bytes, most bytes (``None``: any), evictions, bytes of weights and cache."""
         with self._changing:
             found, gone = [lane.engine.residents for lane in self], self._gone_evictions
+            taken = [lane.engine.memory_bytes() for lane in self]
         bounds = [r.max_bytes for r in found if r.max_bytes is not None]
         return {
             "adapters": sum(len(r) for r in found),
             "bytes": sum(r.bytes for r in found),
             "limit": sum(bounds) if bounds else None,
             "evictions": gone + sum(r.evictions for r in found),
+            "weights": sum(t["weights"] for t in taken),
+            "cache": sum(t["cache"] for t in taken),
         }
 
     def stop(self) -> None:

@@ -116,6 +116,10 @@ class Loader:
         """Close engines without adapters; return whether there were any."""
         return self._lanes.close_empty()
 
+    def evict(self) -> bool:
+        """Close the engine that was idle for longest; return whether one was idle."""
+        return self._lanes.evict()
+
     def _scalings_of(self, adapter: Adapter) -> dict[str, float] | None:
         """Return an adapter's scalings, ``None`` if it has more than matrices of linear layers."""
         fields = {k: v for k, v in plain(adapter.config.to_dict()).items() if k != "base_model_name_or_path"}

@@ -32,7 +32,7 @@ class Wanted:
         name: What it is called in errors.
         folder: Where it lies.
         graphs: Those there are.
-        most: How many there may be.
+        most: How many there may be; with more than one, another kind may take the place of one that is idle.
         compiling: How a new one is compiled, as ``compile_graph`` takes it.
     """
 
@@ -62,7 +62,7 @@ def prepare(wanted: Wanted) -> tuple[Path, Path | None]:
         The graph, and of a new one its program.
 
     Raises:
-        QEffError: It cannot be exported, has changed, or would need one graph more than there may be.
+        QEffError: It cannot be exported, has changed, or needs a graph of its own where there may be only one.
     """
     graph = export_adapters(wanted.base, {wanted.key: wanted.folder})
     adapter = read_exported(graph / ADAPTERS_DIR / f"{wanted.key}.safetensors")
@@ -75,10 +75,10 @@ def prepare(wanted: Wanted) -> tuple[Path, Path | None]:
             continue
         write_exported(adapter, known)
         return known, None
-    if len(wanted.graphs) >= wanted.most:
+    if wanted.most < 2:
         raise UnsupportedError(
-            f"it fits none of this server's graphs, of which there are {wanted.most}, as many as --graphs allows: raise that (each graph "
-            "takes the base's weights and a cache of its own), or merge the adapter and serve it as a base of its own"
+            "it does not fit this server's graph, and --graphs allows no other: raise that (each graph takes the base's weights and a "
+            "cache of its own), or merge the adapter and serve it as a base of its own"
         )
     return graph, compile_graph(graph, **wanted.compiling)
 

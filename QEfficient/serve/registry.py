@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +138,17 @@ class Registry:
         with suppress(RuntimeError):  # closed
             self._worker.submit(self._tidy)
 
+    def make_room(self) -> bool:
+        """Let an engine go whose adapters are all idle, at a moment when none is being loaded; return whether there was one.
+
+        Raises:
+            AdaptersFullError: The registry is closed.
+        """
+        try:
+            return self._worker.submit(self._evict_engine).result()
+        except (RuntimeError, CancelledError) as e:
+            raise AdaptersFullError("the server is closing") from e
+
     def close(self) -> None:
         """Load nothing any more; who waits is refused."""
         with self._lock:
@@ -215,6 +226,11 @@ class Registry:
             self.counts.load_seconds += seconds
             self._arrive(entry, resident)
         self.on_load(entry.name, seconds)
+
+    def _evict_engine(self) -> bool:
+        done = self.source.evict()
+        self._tidy()
+        return done
 
     def _tidy(self) -> None:
         with self._lock:

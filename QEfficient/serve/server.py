@@ -277,6 +277,11 @@ class Server:
         stats, counts, memory = self.lanes.stats(), self.registry.counts, self.lanes.memory()
         return {
             "qeff_graphs": ("Graphs, each with an engine.", len(self.lanes)),
+            "qeff_weights_bytes": ("What the base's weights take, in all graphs.", memory["weights"] or 0),
+            "qeff_cache_bytes": (
+                "What the slots' caches take, in all graphs, when they are full.",
+                memory["cache"] or 0,
+            ),
             "qeff_slots": ("Requests that can run at a time.", stats.slots),
             "qeff_slots_active": ("Requests that run.", stats.active),
             "qeff_queue_waiting": ("Requests that wait for a slot.", stats.waiting),

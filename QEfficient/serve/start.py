@@ -84,7 +84,7 @@ def build(
     first = Lane(graph, open_engine(compile_graph(graph, **compiling)))
     lanes = Lanes(base, first, open_engine, most=graphs, compiling=compiling)
     registry = Registry(first.engine.residents, Loader(lanes, most_bytes=adapter_bytes))
-    lanes.on_empty = registry.tidy
+    lanes.on_empty, lanes.on_full = registry.tidy, registry.make_room
     for name, path in adapters.items():
         registry.register(name, path)
     return Server(lanes, registry, Prompts(tokenizer), base, _eos(base, tokenizer), ctx_len, **options)
