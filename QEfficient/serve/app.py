@@ -17,6 +17,7 @@ from QEfficient.errors import QEffError
 from QEfficient.serve.access import Door
 from QEfficient.serve.config import Key
 from QEfficient.serve.failures import Refusal, refusal_of
+from QEfficient.serve.invalid import refusal_of_body
 from QEfficient.serve.logs import log
 from QEfficient.serve.metrics import METRICS_TYPE
 from QEfficient.serve.responses import answer
@@ -24,7 +25,6 @@ from QEfficient.serve.schemas import ChatRequest, CompletionRequest, ErrorAnswer
 from QEfficient.serve.server import Server
 
 PAGE = Path(__file__).with_name("page.html")
-_LONGEST_NAME = 100
 _REFUSED = (400, 401, 403, 404, 408, 413, 422, 429, 503)
 
 
@@ -184,18 +184,8 @@ async def _answer_http(request: Request, error: Exception) -> Response:
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
-    """Name the first field at fault; what was sent is not sent back."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "", "type": ""}
-    param = ".".join(str(p) for p in first["loc"][1:])[:_LONGEST_NAME] or None
-    if first["type"] == "json_invalid":
-        message, param = "the body is not JSON", None
-    elif param is None:
-        message = "the body must be a JSON object, with the header content-type: application/json"
-    elif first["type"] == "extra_forbidden":
-        message = f"{param}: this server does not serve this field; leave it out"
-    else:
-        message = f"{param}: {first['msg']}"
-    return _answer(request, Refusal(400, message, code="invalid_value", param=param))
+    errors, body = (error.errors(), error.body) if isinstance(error, RequestValidationError) else ((), None)
+    return _answer(request, refusal_of_body(errors, body))
 
 
 def _answer(request: Request, refusal: Refusal, headers: dict[str, str] | None = None) -> Response:

@@ -138,7 +138,7 @@ class Server:
         prompts = [
             list(p) if isinstance(p, list) else await self._in_thread(self.prompts.of_text, p) for p in body.prompts()
         ]
-        return await self._start(body, prompts, body.max_tokens or 16, body.logprobs, key)
+        return await self._start(body, prompts, body.max_tokens, body.logprobs, key)
 
     async def _start(
         self,
@@ -153,18 +153,25 @@ class Server:
         name, count = self.name_of(body.model, key), body.n or 1
         if len(prompts) * count > self.limits.choices:
             raise Refusal(400, f"at most {self.limits.choices} answers a request (n times prompts)", param="n")
-        lengths = [self._new_tokens(len(ids), wanted) for ids in prompts]
+        param, unasked = ("messages", self.limits.new_tokens) if isinstance(body, ChatRequest) else ("prompt", 16)
+        longest = max(map(len, prompts))
+        if not all(prompts):
+            raise Refusal(400, "the prompt has no tokens", code="empty_prompt", param=param)
+        self._need_room(longest, wanted, param)  # before an adapter is loaded for nothing
         lease = await self._lease(name)
         seed = body.seed if body.seed is not None else random.getrandbits(48)
         job = Job(name, [], sum(map(len, prompts)), lease)
         engine = self.lanes.engine_of(lease.resident)
         try:
-            for ids, length in zip(prompts, lengths, strict=True):
+            virtual = lease.resident.virtual_tokens
+            self._need_room(longest, wanted, param, virtual)
+            for ids in prompts:
                 for i in range(count):
                     request = Request(
                         prompt_ids=ids,
                         adapter=lease.version,
-                        max_new_tokens=length,
+                        max_new_tokens=wanted
+                        or min(self.ctx_len - virtual - len(ids), self.limits.new_tokens, unasked),
                         eos_ids=frozenset() if body.ignore_eos else self.eos_ids,
                         sampling=_sampling(body, seed + i),
                         logprobs=logprobs,
@@ -254,17 +261,15 @@ class Server:
                 raise AdaptersFullError(f"adapter {name!r} could not be loaded within {seconds:g} s") from e
             raise
 
-    def _new_tokens(self, prompt: int, wanted: int | None) -> int:
-        room = self.ctx_len - prompt
-        if prompt < 1:
-            raise Refusal(400, "the prompt has no tokens", code="empty_prompt", param="prompt")
-        if room < 1 or (wanted is not None and wanted > room):
+    def _need_room(self, prompt: int, wanted: int | None, param: str, virtual: int = 0) -> None:
+        """Refuse what is longer than it may be; without a number of new tokens, there must be room for one."""
+        if virtual + prompt + (wanted or 1) > self.ctx_len:
             asked = f" and {wanted} new ones" if wanted is not None else ""
-            message = f"the context holds {self.ctx_len} tokens: {prompt} prompt tokens{asked} do not fit"
-            raise Refusal(400, message, code="context_length_exceeded", param="messages")
+            more = f"{virtual} virtual tokens of the adapter, " if virtual else ""
+            message = f"the context holds {self.ctx_len} tokens: {more}{prompt} prompt tokens{asked} do not fit"
+            raise Refusal(400, message, code="context_length_exceeded", param=param)
         if wanted is not None and wanted > self.limits.new_tokens:
             raise Refusal(400, f"at most {self.limits.new_tokens} new tokens a request", param="max_tokens")
-        return min(room, wanted or self.limits.new_tokens)
 
     async def _in_thread(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Adapters of every kind from one server: what does not fit the first graph gets one of its own, and answers as PyTorch does."""
 
+import asyncio
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from QEfficient.errors import AdapterMismatchError, AdaptersFullError
 from QEfficient.runtime.requests import Request
+from QEfficient.serve.failures import Refusal
+from QEfficient.serve.schemas import CompletionRequest
 from QEfficient.serve.server import Server
 from QEfficient.serve.start import build
 from tests.serve.conftest import Here, Place, Running
@@ -103,6 +106,23 @@ def test_lora_dora_and_virtual_tokens_from_one_server(make: Callable[..., Server
     found = float(told.partition("\nqeff_weights_bytes ")[2].partition("\n")[0])
     weights = sum(p.stat().st_size for lane in server.lanes for p in lane.engine._session.folder.iterdir())
     assert 0.9 * weights < found <= weights
+
+
+def test_virtual_tokens_count(make: Callable[..., Server], kinds: Any) -> None:
+    """Whoever asks for no number of tokens gets as many as fit behind them; what does not fit is told with them."""
+    server = make({"prefix": kinds["prefix"]})
+
+    async def ask(**fields: Any) -> int:
+        body = CompletionRequest(model="prefix", prompt=[70] * 50, ignore_eos=True, **fields)
+        job = await server.complete(body, None)
+        async for _ in job.answers[0].pieces():
+            pass
+        job.close()
+        return job.new_tokens
+
+    assert asyncio.run(ask()) == 64 - 50 - 3
+    with pytest.raises(Refusal, match="64 tokens: 3 virtual tokens of the adapter, 50 prompt tokens and 12 new"):
+        asyncio.run(ask(max_tokens=12))
 
 
 def test_as_many_graphs_as_may_be(make: Callable[..., Server], kinds: Any) -> None:

@@ -13,6 +13,12 @@ import pytest
 
 from tests.serve.conftest import Place, Running
 
+
+def said(content: object, **fields: object) -> dict[str, object]:
+    """Return a user's message."""
+    return {"role": "user", "content": content, **fields}
+
+
 ASK = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 12, "temperature": 0}
 
 
@@ -152,6 +158,26 @@ def test_the_only_form_of_answers_is_text(served: Running) -> None:
         ({"messages": []}, openai.BadRequestError, "messages"),
         ({"logit_bias": {"999": 1}}, openai.BadRequestError, "logit_bias"),
         ({"n": 100}, openai.BadRequestError, "at most 16 answers"),
+        ({"n": 1000}, openai.BadRequestError, "n: Input should be less than or equal to 128"),
+        ({"stop": ["a", ""]}, openai.BadRequestError, "stop.1: String should have at least 1 character"),
+        ({"stop": 5}, openai.BadRequestError, "stop: Input should be a valid string, not a number"),
+        (
+            {"messages": [said(None)]},
+            openai.BadRequestError,
+            "messages.0.content: Input should be a valid string, not null",
+        ),
+        (
+            {"messages": [said("a"), said(None, tool_calls=[])]},
+            openai.BadRequestError,
+            "messages.1.tool_calls: this server",
+        ),
+        (
+            {"messages": [said([{"type": "image_url", "image_url": {}}])]},
+            openai.BadRequestError,
+            "content.0.image_url: this",
+        ),
+        ({"messages": [said([{"type": "text"}])]}, openai.BadRequestError, "messages.0.content.0.text: Field required"),
+        ({"messages": ["hello"]}, openai.BadRequestError, "messages.0: Input should be .* not a string"),
     ],
 )
 def test_errors(served: Running, change: dict, error: type[Exception], says: str) -> None:
@@ -160,12 +186,28 @@ def test_errors(served: Running, change: dict, error: type[Exception], says: str
         served.client().chat.completions.create(**{"model": "one", **ASK, **change})
 
 
+def test_what_is_too_long_is_named(served: Running) -> None:
+    """The message of a conversation, or the prompt of a text; without ``max_tokens`` there are as many as fit."""
+    client, letters = served.client(), "a" * 250
+    with pytest.raises(openai.BadRequestError, match="250 prompt tokens and 16 new ones") as e:
+        client.completions.create(model="one", prompt=["a", letters], max_tokens=16)
+    assert (e.value.code, e.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="prompt tokens do not fit") as e:
+        client.chat.completions.create(model="one", messages=[{"role": "user", "content": letters}])
+    assert (e.value.code, e.value.param) == ("context_length_exceeded", "messages")
+    for length in (100, 250):
+        answer = client.completions.create(model="one", prompt=[5] * length, extra_body={"ignore_eos": True})
+        assert answer.usage.completion_tokens == min(16, 256 - length)
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "says"),
     [
         ("application/json", "{not json", "the body is not JSON"),
         ("text/plain", '{"model": "one", "prompt": "x"}', "content-type: application/json"),
-        ("application/json", '{"%s": 1}' % ("x" * 5000), "model: Field required"),
+        ("application/json", '{"%s": 1}' % ("x" * 5000), f"{'x' * 100}: this server does not serve this field"),
+        ("application/json", '{"prompt": "x"}', "model: Field required"),
+        ("application/json", "[]", "the body must be a JSON object"),
     ],
 )
 def test_bodies_that_are_none(served: Running, kind: str, body: str, says: str) -> None:
