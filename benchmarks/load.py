@@ -201,10 +201,10 @@ class Load:
                 told = chunk.choices[0].logprobs
                 if told is not None:
                     answer.tokens += told.tokens
+                    self.seen.tokens += len(told.tokens)  # a piece holds several where they are one character
                     answer.likeliest += [sorted(top.values()) for top in told.top_logprobs]
                 if count == pieces:
                     return None
-        self.seen.tokens += count
         return answer
 
     async def _client(self, number: int) -> None:
@@ -335,7 +335,7 @@ async def drive(port: int, process: psutil.Process, place: Place, options: Optio
             "largest": round(max(memory), 1),
         },
         "memory_flat": late < 1.03 * early,
-        "pieces_per_second": round(seen.tokens / options.seconds, 1),
+        "tokens_per_second": round(seen.tokens / options.seconds, 1),
         "first_piece_seconds": {f"p{p}": round(times[len(times) * p // 100], 3) for p in (50, 95, 99)},
     }
 

@@ -68,11 +68,16 @@ def command(argv: Sequence[str]) -> int:
         "adapter_memory_mb",
         "max_body_mb",
         "max_new_tokens",
+        "receive_seconds",
         "replicas",
     )
-    for name in positive:
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    least = dict.fromkeys(positive, 1) | dict.fromkeys(("port", "threads", "prefix_memory_mb", "grace_seconds"), 0)
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {value}, not {getattr(options, name)}")
+    for folder in options.allow_folder:
+        if not Path(folder).is_dir():
+            raise ConfigError(f"--allow-folder {folder} is no folder; make it, or leave it out")
     try:
         from QEfficient.serve import start
     except ModuleNotFoundError as e:
@@ -105,13 +110,15 @@ def command(argv: Sequence[str]) -> int:
         "log_prompts": options.log_prompts,
     }
     start.need_keys(settings["keys"], options.host)
+    address = start.bind(options.host, options.port)
     if options.engine == "ray":
         from QEfficient.serve.cluster import application, serve_cluster
 
+        address.close()  # Ray's own process takes it
         app = application(options.base, adapters, settings, replicas=options.replicas)
         serve_cluster(app, host=options.host, port=options.port, address=options.ray_address or None)
         return 0
-    start.serve(start.build(options.base, adapters, **settings), host=options.host, port=options.port)
+    start.serve(start.build(options.base, adapters, **settings), address)
     return 0
 
 
@@ -119,9 +126,11 @@ def _read(path: Path | None) -> str:
     if path is None:
         return ""
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except OSError as e:
         raise ConfigError(f"cannot read {path}: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from e
 
 
 if __name__ == "__main__":

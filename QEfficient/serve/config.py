@@ -72,7 +72,7 @@ class Keys:
         """Take keys, checked.
 
         Raises:
-            ConfigError: Two share a name or a secret, or a secret is shorter than 8 characters.
+            ConfigError: Two share a name or a secret, a secret is shorter than 8 characters, or a limit is negative.
         """
         digests = {_digest(k.key): k for k in keys}
         if len(digests) != len(keys) or len({k.name for k in keys}) != len(keys):
@@ -80,6 +80,11 @@ class Keys:
         for key in keys:
             if len(key.key) < 8:
                 raise ConfigError(f"the API key of {key.name!r} has {len(key.key)} characters; it needs 8 or more")
+            for limit in ("requests_per_minute", "running"):
+                if getattr(key, limit) < 0:
+                    raise ConfigError(
+                        f"{limit} of {key.name!r} must be at least 0, not {getattr(key, limit)}; 0 is no limit"
+                    )
         return cls(tuple(keys), digests)
 
     @classmethod
@@ -90,11 +95,13 @@ class Keys:
             ConfigError: It cannot be read, or an entry is wrong.
         """
         try:
-            entries = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as e:
+            entries = yaml.safe_load(path.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
             raise ConfigError(f"cannot read the API keys in {path}: {str(e).splitlines()[0]}") from e
-        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
-            raise ConfigError(f"{path} must hold a list of keys, each with name and key")
+        if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
+            raise ConfigError(
+                f"{path} must hold a list of keys, at least one, each with name and key; without --api-keys nobody needs one"
+            )
         return cls.of([from_dict(Key, e, source=f"{path}, key {i + 1}") for i, e in enumerate(entries)])
 
     def find(self, authorization: str) -> Key | None:

@@ -16,7 +16,7 @@ from QEfficient.errors import AdapterMismatchError, ArtifactError, ConfigError, 
 from QEfficient.export.lift import lift, plain
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.export.weights import Checkpoint
-from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, read_config, resolve
+from QEfficient.peft.adapters import WEIGHTS_FILE, Adapter, check_name, read_config, resolve
 from QEfficient.peft.loading import checkpoint_folder, read_base_config
 from QEfficient.peft.unloaded import export_adapters, skeleton_of
 from QEfficient.runtime.residents import Residents
@@ -138,9 +138,10 @@ def check_given(adapters: Mapping[str, str | Path]) -> None:
     Those of the Hub may be out of reach for a while; and what is wrong with tensors is found out before their first use.
 
     Raises:
-        ConfigError: Names the first.
+        ConfigError: Names the first; or a name cannot be one.
     """
     for name, path in adapters.items():
+        check_name(name)
         if not (is_local(path) or Path(path).exists()):
             continue
         try:

@@ -3,6 +3,7 @@
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,6 +67,7 @@ def build(
     tokenizer = _tokenizer(base)
     if chat_template:
         tokenizer.chat_template = chat_template
+        _check_template(tokenizer)
     compiling: dict[str, Any] = {"ctx_len": ctx_len, "precision": precision, "mixed": True}
 
     def open_engine(program: Path) -> Engine:
@@ -90,18 +92,11 @@ def build(
     return Server(lanes, registry, Prompts(tokenizer), base, _eos(base, tokenizer), ctx_len, **options)
 
 
-def serve(server: Server, *, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT; then finish what runs, and return what is not finished in time.
-
-    Raises:
-        ConfigError: As :func:`need_keys`, which costs less before the server is built.
-    """
-    need_keys(server.keys, host)
+def serve(server: Server, address: socket.socket) -> None:
+    """Serve at an address that :func:`bind` returned until SIGTERM or SIGINT; then finish what runs, and return what is not finished in time."""
     limits = server.limits
     config = uvicorn.Config(
         create_app(server),
-        host=host,
-        port=port,
         http=protocol(limits),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
@@ -112,7 +107,24 @@ def serve(server: Server, *, host: str, port: int) -> None:
         log_config=None,
         server_header=False,
     )
-    _Draining(config, server).run()
+    _Draining(config, server).run([address])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, so that nothing is loaded in vain; nobody can connect yet.
+
+    Raises:
+        ConfigError: It is taken, not of this machine, or not allowed.
+    """
+    try:
+        (family, kind, protocol_number, _, address), *_ = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        made = socket.socket(family, kind, protocol_number)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((address[0], port, *address[2:]))
+    except (OSError, OverflowError, UnicodeError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else str(e)
+        raise ConfigError(f"cannot listen at {host}, port {port}: {reason}; choose another --host or --port") from e
+    return made
 
 
 def need_keys(keys: Keys, host: str) -> None:
@@ -157,6 +169,18 @@ def _tokenizer(base: str) -> Any:
         return AutoTokenizer.from_pretrained(base)
     except (OSError, ValueError, KeyError) as e:
         raise ConfigError(f"no tokenizer in {base!r} ({str(e).strip().splitlines()[0]})") from e
+
+
+def _check_template(tokenizer: Any) -> None:
+    """Refuse a template that is none; what one says of messages is up to it."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    except TemplateSyntaxError as e:
+        raise ConfigError(f"the chat template is wrong in line {e.lineno}: {e.message}") from e
+    except Exception:  # raised by the template itself: it may want a system message first
+        return
 
 
 def _eos(base: str, tokenizer: Any) -> frozenset[int]:
