@@ -65,11 +65,12 @@ def _add_openai(app: FastAPI, server: Server, refused: dict[int | str, dict[str,
         models = server.models(_key(request))
         return {"object": "list", "data": [_model(server, name, parent) for name, parent in models]}
 
-    @app.get("/v1/models/{model}", responses=refused)
+    @app.get("/v1/models/{model:path}", responses=refused)
     async def get_model(model: str, request: Request) -> dict[str, Any]:
-        """Describe one of them."""
+        """Describe one of them; the base may be called what the server was started with."""
+        wanted = server.name_of(model, _key(request))
         for name, parent in server.models(_key(request)):
-            if name == model:
+            if name == wanted:
                 return _model(server, name, parent)
         raise Refusal(404, "no such model", code="model_not_found", param="model")
 
@@ -128,6 +129,7 @@ def _add_adapters(app: FastAPI, server: Server, refused: dict[int | str, dict[st
 
 def _add_operations(app: FastAPI, server: Server) -> None:
     @app.get("/health")
+    @app.head("/health", include_in_schema=False)
     async def health() -> JSONResponse:
         """Tell whether new requests are taken."""
         status = "draining" if server.draining else "ok"

@@ -27,9 +27,14 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]], body: Any) -> Refusal:
     """
     if not errors or errors[0]["type"] == "json_invalid":
         return Refusal(400, "the body is not JSON", code="invalid_value")
-    # A field that is not known says more than others; then what lies deepest: the client meant the kind that was read furthest.
     paths = [_path(error, body) for error in errors]
-    at = max(range(len(errors)), key=lambda i: (errors[i]["type"] == "extra_forbidden", len(paths[i]), -i))
+
+    def tells(i: int) -> tuple[bool, int, bool, int]:
+        """A field that is not known says most; then what lies deepest, and a wrong value: the client meant the kind that was read furthest."""
+        kind = errors[i]["type"]
+        return kind == "extra_forbidden", len(paths[i]), not kind.endswith("_type"), -i
+
+    at = max(range(len(errors)), key=tells)
     kind, says, param = errors[at]["type"], errors[at]["msg"], ".".join(map(str, paths[at]))[:_LONGEST_NAME]
     if not param:
         message = "the body must be a JSON object, with the header content-type: application/json"

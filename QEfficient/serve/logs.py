@@ -28,13 +28,14 @@ def log(event: str, *, level: int = logging.INFO, exception: BaseException | Non
 
 
 def configure() -> None:
-    """Send our log, and uvicorn's, to standard error as JSON."""
+    """Send our log, uvicorn's, and what others warn of to standard error as JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Json())
     for name in ("qefficient", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler] if name != "uvicorn.error" else [], name == "uvicorn.error"
         logger.setLevel(logging.INFO)
+    logging.getLogger().handlers = [handler]  # asyncio's, for example: a line that is no JSON stops who reads the log
     silence_libraries()
 
 

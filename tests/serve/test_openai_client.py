@@ -27,6 +27,16 @@ def test_models_are_base_and_adapters(served: Running) -> None:
     models = {m.id: m for m in served.client().models.list()}
     assert {"base", "one", "two"} <= set(models)
     assert served.client().models.retrieve("one").id == "one"
+    base = served.client().models.retrieve("base")
+    assert served.client().models.retrieve(base.root) == base  # a path: what the server was started with
+    with pytest.raises(openai.NotFoundError, match="no such model"):
+        served.client().models.retrieve("org/nine")
+
+
+def test_health_without_a_body(served: Running) -> None:
+    """Who balances load may ask for the head alone."""
+    with urllib.request.urlopen(urllib.request.Request(f"{served.url}/health", method="HEAD")) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
 
 
 def test_each_adapter_answers_as_pytorch_does(served: Running, place: Place) -> None:
@@ -208,6 +218,17 @@ def test_what_is_too_long_is_named(served: Running) -> None:
         ("application/json", '{"%s": 1}' % ("x" * 5000), f"{'x' * 100}: this server does not serve this field"),
         ("application/json", '{"prompt": "x"}', "model: Field required"),
         ("application/json", "[]", "the body must be a JSON object"),
+        ("application/json", '{"model": "one", "prompt": []}', "prompt: List should have at least 1 item"),
+        (
+            "application/json",
+            '{"model": "one", "prompt": [5, -1]}',
+            "prompt.1: Input should be greater than or equal to 0",
+        ),
+        (
+            "application/json",
+            '{"model": "one", "prompt": [5, "a"]}',
+            "prompt.0: Input should be a valid string, not a number",
+        ),
     ],
 )
 def test_bodies_that_are_none(served: Running, kind: str, body: str, says: str) -> None:
