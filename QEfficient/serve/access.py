@@ -49,27 +49,24 @@ class Door:
             await self._app(scope, receive, send)
             return
         paced = self._paced(send)
-        key = None
+        key, counted = None, ""
         try:
-            if len(scope["headers"]) > _HEADER_LINES:
-                raise Refusal(431, f"more than {_HEADER_LINES} header lines", code="too_many_headers")
-            key = self._identify(scope)
-            scope.setdefault("state", {})["key"] = key
-            self._admit(key, scope["path"])
-            body = _readable(await self._body(scope, receive))
-        except Refusal as e:
-            log("refused", key=key.name if key else None, path=scope["path"], status=e.status, code=e.code)
-            self._on_refusal(e.status)
-            await _answer(paced, e)
-            return
-        if key is None:
-            await self._app(scope, _replayed(body, receive), paced)
-            return
-        self._running[key.name] += 1
-        try:
+            try:
+                if len(scope["headers"]) > _HEADER_LINES:
+                    raise Refusal(431, f"more than {_HEADER_LINES} header lines", code="too_many_headers")
+                key = self._identify(scope)
+                scope.setdefault("state", {})["key"] = key
+                counted = self._admit(key, scope["path"])
+                self._running[counted] += bool(counted)  # before its body comes: others may come meanwhile
+                body = _readable(await self._body(scope, receive))
+            except Refusal as e:
+                log("refused", key=key.name if key else None, path=scope["path"], status=e.status, code=e.code)
+                self._on_refusal(e.status)
+                await _answer(paced, e)
+                return
             await self._app(scope, _replayed(body, receive), paced)
         finally:
-            self._running[key.name] -= 1
+            self._running[counted] -= bool(counted)
 
     def _identify(self, scope: Scope) -> Key | None:
         if not self._keys.known or scope["path"] in OPEN:
@@ -82,9 +79,10 @@ class Door:
             raise Refusal(401, "this API key is not known", code="invalid_api_key")
         return key
 
-    def _admit(self, key: Key | None, path: str) -> None:
+    def _admit(self, key: Key | None, path: str) -> str:
+        """Return whose running request this is, "" if nobody counts it."""
         if key is None or not path.endswith("completions"):
-            return
+            return ""
         if key.running and self._running[key.name] >= key.running:
             raise Refusal(
                 429,
@@ -102,6 +100,7 @@ class Door:
                 message = f"this key may send {key.requests_per_minute} requests a minute"
                 raise Refusal(429, message, code="rate_limit_exceeded", retry_seconds=wait)
             recent.append(now)
+        return key.name
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """Take in the whole body; refuse what is too long or comes too slowly."""

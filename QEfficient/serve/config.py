@@ -72,7 +72,7 @@ class Keys:
         """Take keys, checked.
 
         Raises:
-            ConfigError: Two share a name or a secret, a secret is shorter than 8 characters, or a limit is negative.
+            ConfigError: Two share a name or a secret, a secret is shorter than 8 characters or no header can hold it, or a limit is negative.
         """
         digests = {_digest(k.key): k for k in keys}
         if len(digests) != len(keys) or len({k.name for k in keys}) != len(keys):
@@ -80,6 +80,10 @@ class Keys:
         for key in keys:
             if len(key.key) < 8:
                 raise ConfigError(f"the API key of {key.name!r} has {len(key.key)} characters; it needs 8 or more")
+            if not (key.key.isascii() and key.key.isprintable()) or " " in key.key:
+                raise ConfigError(
+                    f"the API key of {key.name!r} must be ASCII without spaces: no client sends another one"
+                )
             for limit in ("requests_per_minute", "running"):
                 if getattr(key, limit) < 0:
                     raise ConfigError(

@@ -87,6 +87,8 @@ def test_a_port_that_is_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("--api-keys", b"- {name: x, key: longsecret, running: -1}", "running of 'x' must be at least 0, not -1"),
         ("--api-keys", b"- {name: x, key: longsecret, modles: [a]}", "did you mean 'models'?"),
         ("--api-keys", b"- {name: x, key: short}", "the API key of 'x' has 5 characters"),
+        ("--api-keys", "- {name: x, key: schlüssel}".encode(), "the API key of 'x' must be ASCII without spaces"),
+        ("--api-keys", b"- {name: x, key: 'long secret'}", "the API key of 'x' must be ASCII without spaces"),
         ("--chat-template", b"\xff", "{path} is not UTF-8 text"),
     ],
 )
