@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.blocks import BITS, Blocks, count_blocks, dequantize, quantize
-from QEfficient.compile.values import CONTRIB, made_by, new_constant, take_over, used_once
+from QEfficient.compile.values import CONTRIB, made_by, new_constant, stored_matrix, take_over, used_once
 from QEfficient.compile.weightfile import read_weight
 from QEfficient.errors import ConfigError
 
@@ -30,7 +30,6 @@ ACCURACY_LEVEL = 4
 
 _RECENT = 3  # queries, keys and values may be stored together
 _CHUNK_ELEMENTS = 1 << 22
-_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +227,7 @@ def _projection(node: ir.Node) -> _Match | None:
     transpose = made_by(weight, "Transpose")
     if transpose is not None and by_column:
         weight, by_column = transpose.inputs[0], False
-    stored = _stored(weight)
+    stored = stored_matrix(weight)
     return _Match(node, node.inputs[0], stored, by_column, bias) if stored is not None else None
 
 
@@ -236,19 +235,10 @@ def _embedding(node: ir.Node) -> _Match | None:
     if node.domain or node.op_type != "Gather" or node.inputs[1] is None:
         return None
     axis = node.attributes.get("axis")
-    stored = _stored(node.inputs[0])
+    stored = stored_matrix(node.inputs[0])
     if stored is None or (axis is not None and axis.as_int() != 0):
         return None
     return _Match(node, node.inputs[1], stored, is_embedding=True)
-
-
-def _stored(value: ir.Value | None) -> ir.Value | None:
-    """Return the float matrix in the checkpoint that ``value`` is, or ``None``."""
-    cast = made_by(value, "Cast")
-    source = cast.inputs[0] if cast is not None else value
-    if source is None or not source.is_initializer() or source.is_graph_input() or source.const_value is None:
-        return None
-    return source if source.const_value.dtype in _FLOATS and len(source.const_value.shape) == 2 else None
 
 
 def _multiply(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Precision) -> None:

@@ -8,7 +8,7 @@ after the other, which takes longer than all else that loading does; its own pro
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.values import CONTRIB, made_by, take_over
+from QEfficient.compile.values import CONTRIB, made_by, stored_matrix, take_over
 
 
 class FuseWeightTranspose:
@@ -41,6 +41,4 @@ def _transposed(node: ir.Node) -> ir.Value | None:
     weight = transpose.inputs[0] if transpose is not None else None
     if weight is None or weight.dtype != ir.DataType.FLOAT or weight.shape is None or len(weight.shape) != 2:
         return None
-    cast = made_by(weight, "Cast")
-    stored = cast.inputs[0] if cast is not None else weight
-    return weight if stored is not None and stored.is_initializer() and not stored.is_graph_input() else None
+    return weight if stored_matrix(weight) is not None else None

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 CONTRIB = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
+_FLOATS = {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 
 
 def constant(value: ir.Value | None) -> npt.NDArray[Any] | None:
@@ -49,6 +50,15 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the standard operator ``op_type`` that makes ``value``, or ``None`` if something else does."""
     node = value.producer() if value is not None else None
     return node if node is not None and node.op_type == op_type and node.domain in {"", "ai.onnx"} else None
+
+
+def stored_matrix(value: ir.Value | None) -> ir.Value | None:
+    """Return the float matrix in the checkpoint that ``value`` is, or ``None``."""
+    cast = made_by(value, "Cast")
+    source = cast.inputs[0] if cast is not None else value
+    if source is None or not source.is_initializer() or source.is_graph_input() or source.const_value is None:
+        return None
+    return source if source.const_value.dtype in _FLOATS and len(source.const_value.shape) == 2 else None
 
 
 def operands(node: ir.Node | None) -> tuple[ir.Value, ir.Value] | None:

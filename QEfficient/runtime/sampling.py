@@ -53,7 +53,7 @@ class Chooser:
     def _draw(self, scores: Array, sampling: Sampling) -> int:
         kept = None  # all of them
         if 0 < sampling.top_k < len(scores):
-            kept = np.sort(np.argpartition(scores, -sampling.top_k)[-sampling.top_k :])
+            kept = np.sort(_largest(scores, sampling.top_k))
             scores = scores[kept]
         weights = np.exp((scores - scores.max()) / np.float32(max(sampling.temperature, _COLDEST)))
         if sampling.top_p < 1:

@@ -51,19 +51,18 @@ class Door:
         paced = self._paced(send)
         key, counted = None, ""
         try:
-            try:
-                if len(scope["headers"]) > _HEADER_LINES:
-                    raise Refusal(431, f"more than {_HEADER_LINES} header lines", code="too_many_headers")
-                key = self._identify(scope)
-                scope.setdefault("state", {})["key"] = key
-                counted = self._admit(key, scope["path"])
-                self._running[counted] += bool(counted)  # before its body comes: others may come meanwhile
-                body = _readable(await self._body(scope, receive))
-            except Refusal as e:
-                log("refused", key=key.name if key else None, path=scope["path"], status=e.status, code=e.code)
-                self._on_refusal(e.status)
-                await _answer(paced, e)
-                return
+            if len(scope["headers"]) > _HEADER_LINES:
+                raise Refusal(431, f"more than {_HEADER_LINES} header lines", code="too_many_headers")
+            key = self._identify(scope)
+            scope.setdefault("state", {})["key"] = key
+            counted = self._admit(key, scope["path"])
+            self._running[counted] += bool(counted)  # before its body comes: others may come meanwhile
+            body = _readable(await self._body(scope, receive))
+        except Refusal as e:
+            log("refused", key=key.name if key else None, path=scope["path"], status=e.status, code=e.code)
+            self._on_refusal(e.status)
+            await _answer(paced, e)
+        else:
             await self._app(scope, _replayed(body, receive), paced)
         finally:
             self._running[counted] -= bool(counted)
