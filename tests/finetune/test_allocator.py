@@ -6,8 +6,10 @@ import json
 import os
 import random
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,18 +54,33 @@ def trained(out: Path, environment: dict[str, str]) -> tuple[int, list[float]]:
     return faults, [entry["loss"] for entry in log if "loss" in entry]
 
 
-def apart(*arguments: object) -> tuple[int, list[float]]:
-    """Run :func:`trained` in a process of its own, whose heap is untouched."""
+def kept_and_given_back() -> tuple[float, float]:
+    """Return by how many MiB what was freed while memory is kept still counts, then and afterwards."""
+    import torch
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+    before = resident_mib()
+    with memory_kept():
+        blocks = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
+        del blocks
+        kept = resident_mib() - before
+    return kept, resident_mib() - before
+
+
+def apart(function: Callable[..., Any], *arguments: object) -> Any:
+    """Run a function in a process of its own, whose heap is untouched: elsewhere it may use again what others have freed."""
     with ProcessPoolExecutor(1, mp_context=CONTEXT) as pool:
-        return pool.submit(trained, *arguments).result(timeout=240)
+        return pool.submit(function, *arguments).result(timeout=600)
 
 
 @glibc
 def test_steps_use_the_same_memory_again(tmp_path: Path) -> None:
     """A training touches few new pages after its first steps; its losses are those of one that gives memory back."""
     # Whoever has set glibc's allocator keeps what he set; here its own defaults, said again.
-    faults, losses = apart(tmp_path / "plain", {"MALLOC_TOP_PAD_": "131072"})
-    kept_faults, kept_losses = apart(tmp_path / "kept", {})
+    faults, losses = apart(trained, tmp_path / "plain", {"MALLOC_TOP_PAD_": "131072"})
+    kept_faults, kept_losses = apart(trained, tmp_path / "kept", {})
     assert kept_losses == losses
     assert len(losses) == 12
     assert faults > 12 * 2 * 8192  # at least two tensors like the logits, mapped anew in each step
@@ -73,15 +90,6 @@ def test_steps_use_the_same_memory_again(tmp_path: Path) -> None:
 @glibc
 def test_memory_is_given_back_afterwards() -> None:
     """What was kept is free for others when training has ended."""
-
-    def resident_mib() -> float:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    import torch
-
-    before = resident_mib()
-    with memory_kept():
-        blocks = [torch.ones(2**22) for _ in range(16)]  # 16 MiB each
-        del blocks
-        assert resident_mib() - before > 200
-    assert resident_mib() - before < 60
+    kept, left = apart(kept_and_given_back)
+    assert kept > 200
+    assert left < 60
