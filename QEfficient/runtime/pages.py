@@ -7,7 +7,6 @@ the memory that was mapped while it loaded. Results are the same; where it canno
 """
 
 import ctypes
-import errno
 import logging
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 LOGGER = logging.getLogger("qefficient.pages")
 
-_MADV_COLLAPSE = 25  # Linux 6.1; earlier ones say that the argument is invalid
+_MADV_COLLAPSE = 25
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _PAGE_BYTES = 2 << 20
 _STEP_PAGES = 16
@@ -31,12 +30,13 @@ Span = tuple[int, int]
 def on_large_pages() -> Iterator[None]:
     """Put what is mapped in this context on large pages when it ends; warn where the system has none."""
     reason = why_not()
-    before = _spans() if not reason else []
-    yield
-    if not reason:
-        reason = _collapse(_without(_spans(), before))
     if reason:
+        yield
         LOGGER.warning("large pages change nothing here: %s", reason)
+        return
+    before = _spans()
+    yield
+    _collapse(_without(_spans(), before))
 
 
 def why_not() -> str:
@@ -49,27 +49,26 @@ def why_not() -> str:
         return f"this kernel has none ({_SETTING} cannot be read)"
     if "[never]" in setting:
         return f"they are switched off ({_SETTING} says {setting!r}); 'echo madvise > {_SETTING}' as root allows them"
+    if not _advise(0, 0):  # of no memory at all: refused only by who does not know what is asked
+        return "the kernel cannot move memory onto them (Linux 6.1 and later can)"
     return ""
 
 
-def _collapse(spans: Sequence[Span]) -> str:
-    """Ask for large pages in spans of addresses; memory that is not there any more is skipped by the system.
+def _advise(address: int, length: int) -> bool:
+    advise = ctypes.CDLL(None).madvise
+    return bool(advise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_COLLAPSE) == 0)
 
-    Returns:
-        Why nothing came of it, where all of it was refused.
-    """
-    answers: set[int] = set()
-    advise = ctypes.CDLL(None, use_errno=True).madvise
+
+def _collapse(spans: Sequence[Span]) -> None:
+    """Ask for large pages in spans of addresses; what is not there any more, or cannot be on them (stacks), is skipped by the system."""
     step = _STEP_PAGES * _PAGE_BYTES
     for first, last in spans:
         begin, end = -(-first // _PAGE_BYTES) * _PAGE_BYTES, last // _PAGE_BYTES * _PAGE_BYTES
         for address in range(begin, end, step):
             started = time.monotonic()
-            failed = advise(ctypes.c_void_p(address), ctypes.c_size_t(min(step, end - address)), _MADV_COLLAPSE)
-            answers.add(ctypes.get_errno() if failed else 0)
+            _advise(address, min(step, end - address))
             if time.monotonic() - started > _MOST_SECONDS_OF_A_STEP:
-                return ""
-    return "the kernel cannot move memory onto them (Linux 6.1 and later can)" if answers == {errno.EINVAL} else ""
+                return
 
 
 def _spans() -> list[Span]:
