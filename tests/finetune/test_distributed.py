@@ -37,8 +37,8 @@ def options(base_folder: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def launch(options: dict[str, Any], out: Path, processes: int) -> list[Command]:
-    """Start the command as torchrun does."""
+def launch(options: dict[str, Any], out: Path, processes: int, waits_at: int = 0) -> list[Command]:
+    """Start the command as torchrun does; the last process waits behind a step for a signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -47,7 +47,8 @@ def launch(options: dict[str, Any], out: Path, processes: int) -> list[Command]:
     for rank in range(processes):
         environment = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
         printed = out.with_name(f"{out.name}.{rank}.txt")
-        started.append(Command({**options, "output_dir": out}, printed, environment if processes > 1 else {}))
+        waits = waits_at if rank == processes - 1 else 0
+        started.append(Command({**options, "output_dir": out}, printed, environment if processes > 1 else {}, waits))
     return started
 
 
@@ -93,8 +94,8 @@ def test_two_sharding_processes_are_one(options: dict[str, Any], tmp_path: Path)
 
 def stop_one_of_two(options: dict[str, Any], out: Path) -> None:
     """Start two processes on ten steps, and send SIGTERM to one after the first; both have to end by it."""
-    stopped = launch(options, out, 2)
-    end = time.monotonic() + 120
+    stopped = launch(options, out, 2, waits_at=8)
+    end = time.monotonic() + 600
     while "out: 1/10" not in stopped[0].printed():
         assert stopped[0].runs(), stopped[0].printed()
         assert time.monotonic() < end

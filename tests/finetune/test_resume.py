@@ -67,7 +67,7 @@ def losses(folder: Path) -> list[float]:
 
 def wait_for(done: Callable[[], Any], process: Command) -> None:
     """Wait until something is so."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not done():
         assert process.runs(), process.printed()
         assert time.monotonic() < end
@@ -81,7 +81,8 @@ def test_killed_and_resumed_is_the_same(
     """The final adapter is equal bit for bit, each step's loss equal; SIGTERM and Ctrl-C leave a checkpoint of their step."""
     out = tmp_path / "out"
     killed = number == signal.SIGKILL
-    process = Command({**options, "output_dir": out, "save_steps": 2 if killed else 0}, tmp_path / "printed")
+    given = {**options, "output_dir": out, "save_steps": 2 if killed else 0}
+    process = Command(given, tmp_path / "printed", waits_at=STEPS - 2)
     root = checkpoints.folder_for(out)
     wait_for(lambda: (root / "checkpoint-4").exists() if killed else "out: 1/12" in process.printed(), process)
     process.send(number)
