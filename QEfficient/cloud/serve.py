@@ -24,7 +24,7 @@ class Options:
     base: str = option(help="Folder or Hub id of the base model.", positional=True)
     adapter: list[str] = option([], "An adapter and its name; may be repeated.", metavar="NAME=PATH")
     host: str = option("127.0.0.1", "Address to listen on; others than this machine's own need --api-keys.")
-    port: int = option(8000, "Port to listen on.")
+    port: int = option(8000, "Port to listen on; 0: one that is free, which the log names.")
     slots: int = option(8, "Requests that run at a time.")
     queue_len: int = option(64, "Requests that wait besides; more are refused with status 503.")
     ctx_len: int = option(1024, "Longest context, prompt and answer.")

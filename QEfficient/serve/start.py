@@ -144,6 +144,13 @@ class _Draining(uvicorn.Server):
         super().__init__(config)
         self._served = server
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen, and say where: the port may be the system's choice."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            host, port, *_ = listener.getsockname()
+            log("listening", host=host, port=port)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self._served.draining:
             self._served.draining = True

@@ -76,20 +76,21 @@ class Running:
 
     def client(self, key: str = "unused", **options: Any) -> openai.OpenAI:
         """Return OpenAI's own client."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=120, **options)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=600, **options)
 
     def connect(self) -> socket.socket:
         """Open a bare connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=600)
 
     def events(self) -> list[dict[str, Any]]:
         """Return what it has logged."""
-        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        whole, _, _ = self.log.read_text().rpartition("\n")  # the last line may be half written
+        return [json.loads(line) for line in whole.splitlines() if line.startswith("{")]
 
     def stop(self) -> int:
         """Ask it to end, and wait for that."""
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(timeout=120)
+        return self.process.wait(timeout=600)
 
 
 class Here(Preparer):
@@ -123,21 +124,21 @@ def start(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
     running: list[Running] = []
 
     def begin(*options: str) -> Running:
-        port, log = free_port(), tmp_path_factory.mktemp("log") / "server.log"
-        command = [sys.executable, "-m", "QEfficient.cloud", "serve", str(place.base), "--port", str(port)]
+        log = tmp_path_factory.mktemp("log") / "server.log"
+        command = [sys.executable, "-m", "QEfficient.cloud", "serve", str(place.base), "--port", "0"]
         command += ["--adapter", f"one={place.adapters / 'one'}", "--adapter", f"two={place.adapters / 'two'}"]
         command += ["--ctx-len", "256", "--threads", "1", "--allow-folder", str(place.adapters), *options]
         process = subprocess.Popen(command, stderr=log.open("w"), text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        made = Running(process, port, log)
+        made = Running(process, 0, log)
         running.append(made)
-        for _ in range(1200):
+        end = time.monotonic() + 600
+        while time.monotonic() < end:
             if process.poll() is not None:
                 pytest.fail(f"the server ended: {log.read_text()}")
-            try:
-                made.connect().close()
+            if ports := [e["port"] for e in made.events() if e["event"] == "listening"]:
+                made.port = ports[0]  # the system's choice: one that was looked for before may be another's by now
                 return made
-            except OSError:
-                time.sleep(0.1)
+            time.sleep(0.1)
         pytest.fail("the server did not start")
 
     yield begin
