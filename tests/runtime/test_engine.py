@@ -241,8 +241,9 @@ def test_stop_logprobs_and_bias(tiny, program):
 
 def test_closing_cancels_what_does_not_finish_in_time(tiny, program):
     """No stream is left unanswered, running or waiting; nor does one that nobody reads hold up the others."""
-    engine = with_adapters(make_engine(program, slots=1), tiny)
-    streams = [engine.submit(Request(prompt_ids=[1], adapter="one", max_new_tokens=47)) for _ in range(20)]
+    engine = with_adapters(make_engine(program, slots=1, queue_len=600), tiny)
+    request = Request(prompt_ids=[1], adapter="one", max_new_tokens=47)
+    streams = [engine.submit(request) for _ in range(600)]  # more than any machine answers before the next line
     engine.start()
     begin = time.monotonic()
     engine.close(0)

@@ -97,7 +97,7 @@ def test_files_that_change_are_not_served_unchecked(registry: Registry, place: P
         registry.acquire("changing")
 
 
-def test_who_waits_in_vain_leaves_nothing(registry: Registry) -> None:
+def test_who_waits_in_vain_leaves_nothing(registry: Registry, place: Place) -> None:
     """With all memory in use a load is given up in time; a lease that nobody waits for any more is not kept."""
     held = registry.acquire("two")
     registry.residents.max_bytes = held.resident.bytes
@@ -106,9 +106,14 @@ def test_who_waits_in_vain_leaves_nothing(registry: Registry) -> None:
         registry.acquire("one", seconds=600)
     held.release()
     registry.seconds = 600.0
-    assert registry.ask("one").cancel()
-    registry.acquire("three").release()  # the worker is through with "one" then
+    registry.source = slow = Slow(registry.source, place.adapters / "one")  # type: ignore[assignment]
+    registry.register("far", "far/away")
+    assert registry.ask("far").cancel()  # before it can have come
+    slow.arrives.set()
+    registry.acquire("far").release()  # it comes for both
+    assert states(registry)["far"] is State.RESIDENT
     assert all(e.resident.uses == 0 for e in registry.entries() if e.resident)
+    registry.acquire("three").release()
     assert states(registry)["three"] is State.RESIDENT
 
 
