@@ -112,6 +112,8 @@ def test_onnxruntime_copies_nothing(tiny):
     code = (
         "import sys, numpy as np\n"
         "from QEfficient.runtime.session import OrtSession\n"
+        "OrtSession(sys.argv[1])  # what it thinks of the machine it says with the first session\n"
+        "print('machine', file=sys.stderr, flush=True)\n"
         "for folder in sys.argv[1:]:\n"
         "    s = OrtSession(folder)\n"
         "    s.allocate(2, 16)\n"
@@ -122,7 +124,8 @@ def test_onnxruntime_copies_nothing(tiny):
     done = subprocess.run(
         [sys.executable, "-c", code, tiny.graph, tiny.program], capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    _, known, said = done.stderr.partition("machine\n")
+    assert (done.returncode, done.stdout, known, said) == (0, "", "machine\n", ""), done.stderr
 
 
 def test_reset_empties_the_cache(tiny, session):
