@@ -24,6 +24,7 @@ OPEN = frozenset({"/", "/health", "/openapi.json"})
 
 HEADER_BYTES = 64 << 10
 _HEADER_LINES = 100
+_CROWDED = "crowded"
 
 
 class Door:
@@ -51,6 +52,9 @@ class Door:
         paced = self._paced(send)
         key, counted = None, ""
         try:
+            if scope.get("state", {}).get(_CROWDED):
+                message = f"{self._limits.connections} connections are open, and no more may be; try again later"
+                raise Refusal(503, message, code="too_many_connections", retry_seconds=1)
             if len(scope["headers"]) > _HEADER_LINES:
                 raise Refusal(431, f"more than {_HEADER_LINES} header lines", code="too_many_headers")
             key = self._identify(scope)
@@ -171,10 +175,21 @@ async def _answer(send: Send, refusal: Refusal) -> None:
 
 
 def protocol(limits: Limits) -> type[H11Protocol]:
-    """Return uvicorn's HTTP protocol, closing connections whose headers do not come in time."""
+    """Return uvicorn's HTTP protocol, closing connections whose headers do not come in time.
+
+    It tells the door when there are more connections than may be: uvicorn's own answer is none of OpenAI's form.
+    """
 
     class Punctual(H11Protocol):
         _deadline: asyncio.TimerHandle | None = None
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            self._behind, self.app = self.app, self._counted
+
+        async def _counted(self, scope: Any, receive: Any, send: Any) -> None:
+            scope["state"][_CROWDED] = len(self.connections) > limits.connections
+            await self._behind(scope, receive, send)
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)

@@ -7,10 +7,11 @@ Knows OpenAI's requests; does not know HTTP.
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from QEfficient.contract import BASE
@@ -158,6 +159,8 @@ class Server:
         if not all(prompts):
             raise Refusal(400, "the prompt has no tokens", code="empty_prompt", param=param)
         self._need_room(longest, wanted, param)  # before an adapter is loaded for nothing
+        self._need_known(chain.from_iterable(prompts), param)
+        self._need_known(map(int, body.logit_bias or ()), "logit_bias")
         lease = await self._lease(name)
         seed = body.seed if body.seed is not None else random.getrandbits(48)
         job = Job(name, [], sum(map(len, prompts)), lease)
@@ -270,6 +273,14 @@ class Server:
             raise Refusal(400, message, code="context_length_exceeded", param=param)
         if wanted is not None and wanted > self.limits.new_tokens:
             raise Refusal(400, f"at most {self.limits.new_tokens} new tokens a request", param="max_tokens")
+
+    def _need_known(self, ids: Iterable[int], param: str) -> None:
+        """Refuse tokens that the base does not have."""
+        count = self.engine.manifest.vocab_size
+        for i in ids:
+            if not 0 <= i < count:
+                message = f"{param}: token ids must be at least 0 and below {count}, not {i}"
+                raise Refusal(400, message, code="invalid_value", param=param)
 
     async def _in_thread(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)

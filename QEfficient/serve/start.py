@@ -100,7 +100,6 @@ def serve(server: Server, address: socket.socket) -> None:
         http=protocol(limits),
         ws="none",
         h11_max_incomplete_event_size=HEADER_BYTES,
-        limit_concurrency=limits.connections,
         timeout_graceful_shutdown=int(limits.grace_seconds) + 10,
         timeout_keep_alive=30,
         access_log=False,

@@ -2,9 +2,13 @@
 """The door, in front of an application that answers when it is told to."""
 
 import asyncio
+import json
+import socket
 from typing import Any
 
-from QEfficient.serve.access import Door
+import uvicorn
+
+from QEfficient.serve.access import Door, protocol
 from QEfficient.serve.config import Key, Keys, Limits
 
 SECRET = "a-long-secret"
@@ -57,5 +61,46 @@ def test_no_more_run_than_a_key_may_have() -> None:
         too_long.set_result(b"x" * (5 << 20))
         assert [await ask(door, "/v1/completions", too_long) for _ in range(3)] == [413] * 3  # they left nothing behind
         assert await ask(door, "/v1/completions", bodies[0]) == 200
+
+    asyncio.run(run())
+
+
+def test_no_more_connections_than_may_be() -> None:
+    """One more is answered in OpenAI's form, and told when to come again; once another has gone, the next is served."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def get(port: int) -> tuple[bytes, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /v1/models HTTP/1.1\r\nhost: x\r\n\r\n")
+        head = await reader.readuntil(b"\r\n\r\n")
+        return head if b" 200 " in head else head + await reader.read(), writer
+
+    async def run() -> None:
+        limits = Limits(connections=2)
+        door = Door(app, keys=Keys(), limits=limits)
+        server = uvicorn.Server(uvicorn.Config(door, http=protocol(limits), lifespan="off", log_config=None))
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            serving = asyncio.ensure_future(server.serve([listener]))
+            (_, first), (answer, second) = await get(port), await get(port)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            answer, _ = await get(port)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503 ")
+            assert b"retry-after: 1" in head
+            error = json.loads(body)["error"]
+            assert (error["type"], error["code"]) == ("server_error", "too_many_connections")
+            first.close()
+            while len(server.server_state.connections) > 1:
+                await asyncio.sleep(0.01)
+            answer, third = await get(port)
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            second.close()
+            third.close()
+            server.should_exit = True
+            await serving
 
     asyncio.run(run())

@@ -211,6 +211,16 @@ def test_what_is_too_long_is_named(served: Running) -> None:
 
 
 @pytest.mark.parametrize(
+    ("field", "value"), [("prompt", [5, 260]), ("prompt", [[5], [6, 260]]), ("logit_bias", {"260": 1})], ids=str
+)
+def test_tokens_that_the_base_lacks(served: Running, field: str, value: object) -> None:
+    """The field at fault is named as the client calls it."""
+    with pytest.raises(openai.BadRequestError, match=f"{field}: token ids must be .* below 260, not 260") as e:
+        served.client().completions.create(**{"model": "one", "prompt": "x", field: value})
+    assert (e.value.code, e.value.param) == ("invalid_value", field)
+
+
+@pytest.mark.parametrize(
     ("kind", "body", "says"),
     [
         ("application/json", "{not json", "the body is not JSON"),
