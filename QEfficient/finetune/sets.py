@@ -102,7 +102,8 @@ def _read(
 def _rows(config: TrainConfig, path: Path | None, split: str | None) -> tuple[Iterator[tuple[str, Row]], str]:
     """Return the rows of a file or a split, preprocessed, and what they come from."""
     source = str(path) if path else f"{config.dataset}[{split}]"
+    named = config.task_mode == "seq_classification"
     rows: Iterator[tuple[str, Row]] = (
-        read_file(path) if path else read_dataset(str(config.dataset), str(split), config.dataset_config)
+        read_file(path) if path else read_dataset(str(config.dataset), str(split), config.dataset_config, named=named)
     )
     return (preprocessed(rows, config.preprocess) if config.preprocess else rows), source

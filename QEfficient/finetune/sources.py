@@ -119,10 +119,28 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
         raise ConfigError(f"{path}: not a Parquet file: {' '.join(str(e).split())}") from e
 
 
-def read_dataset(name: str, split: str, config: str | None = None) -> Iterator[tuple[str, Row]]:
-    """Yield the rows of a dataset that the datasets library loads, each with its place; see :func:`load_table`."""
-    for number, row in enumerate(load_table(name, split, config), start=1):
+def read_dataset(name: str, split: str, config: str | None = None, *, named: bool = False) -> Iterator[tuple[str, Row]]:
+    """Yield the rows of a dataset that the datasets library loads, each with its place; see :func:`load_table`.
+
+    Args:
+        name: As there.
+        split: As there.
+        config: As there.
+        named: Give classes their names, where the dataset holds numbers and knows those.
+    """
+    table = load_table(name, split, config)
+    names = _class_names(table) if named else {}
+    for number, row in enumerate(table, start=1):
+        for field, known in names.items():
+            if row[field] in range(len(known)):  # -1 and none: it has no class
+                row[field] = known[row[field]]
         yield f"{name}[{split}], row {number}", row
+
+
+def _class_names(table: Any) -> dict[str, list[str]]:
+    """Return the names of classes by the field that holds their numbers."""
+    kind = _optional("datasets", "datasets").ClassLabel
+    return {field: list(feature.names) for field, feature in table.features.items() if isinstance(feature, kind)}
 
 
 def load_table(name: str | Path, split: str, config: str | None = None) -> Any:

@@ -12,8 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from QEfficient.cloud.finetune import main
 from QEfficient.errors import ConfigError
 from QEfficient.finetune.classes import class_names, to_class_examples
+from QEfficient.finetune.config import TrainConfig
 from QEfficient.finetune.data import Example
 from QEfficient.finetune.evaluation import classify
+from QEfficient.finetune.sets import load_classes, load_sets
+from QEfficient.finetune.sources import read_dataset
 
 WORDS = {"good": "aaab", "bad": "xxyz", "so so": "mnmn"}
 
@@ -92,6 +95,21 @@ def test_labels_that_are_numbers_keep_their_order() -> None:
     """Class 10 comes after class 2, and words are sorted."""
     assert class_names([("f:1", {"text": "a", "label": n}) for n in (10, 2, 2)], "f") == ["2", "10"]
     assert class_names([("f:1", {"text": "a", "label": n}) for n in ("b", "a")], "f") == ["a", "b"]
+
+
+def test_classes_of_a_dataset_have_its_names(tmp_path: Path, tokenizer: Any) -> None:
+    """Where it holds numbers and their names, in what a function of the user is given, too; other tasks get the numbers."""
+    datasets = pytest.importorskip("datasets", reason="an optional library")
+    kinds = {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["sad", "glad", "never"])}
+    table = datasets.Dataset.from_dict({"sentence": ["a", "b", "c"], "label": [1, 0, 1]}, datasets.Features(kinds))
+    table.save_to_disk(tmp_path / "set")
+    (tmp_path / "mine.py").write_text("def text(row):\n    return {'text': row['sentence'], 'label': row['label']}\n")
+    given = {"dataset": str(tmp_path / "set"), "preprocess": f"{tmp_path / 'mine.py'}:text"}
+    config = TrainConfig(**given, task_mode="seq_classification")
+    classes = load_classes(config)
+    assert classes == ["glad", "sad"]
+    assert [e.labels for e in load_sets(config, tokenizer, classes).train] == [[0], [1], [0]]
+    assert [row["label"] for _, row in read_dataset(given["dataset"], "train")] == [1, 0, 1]
 
 
 @pytest.mark.parametrize(
