@@ -5,6 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from peft import LoraConfig
 
 from QEfficient.compile.program import compile_graph
@@ -99,6 +100,7 @@ def many(tiny):
     """Add adapters of other ranks and fewer targets to the tiny model; return their tensors."""
     kinds = {"r64": (64, None), "r17": (17, None), "down": (16, ["down_proj"]), "qv": (8, ["q_proj", "v_proj"])}
     made = dict(tiny.adapters)
+    torch.manual_seed(0)
     for name, (rank, targets) in kinds.items():
         targets = targets or ["q_proj", "v_proj", "down_proj"]
         config = LoraConfig(r=rank, lora_alpha=2 * rank**0.5, target_modules=targets, init_lora_weights=False)

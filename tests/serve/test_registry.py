@@ -21,6 +21,7 @@ def states(registry: Registry) -> dict[str, State]:
 
 def test_adapters_are_evicted_and_come_back_the_same(server: Server, registry: Registry) -> None:
     """Room for two of three: the one unused for longest goes, is loaded again when asked for, and answers as before."""
+    evictions = registry.residents.evictions  # of the server that tests share
     with registry.acquire("one") as lease:
         before = tokens(server, lease.version)
     for name in ("two", "three"):
@@ -30,7 +31,7 @@ def test_adapters_are_evicted_and_come_back_the_same(server: Server, registry: R
     registry.residents.unload("three")
     registry.acquire("three").release()
     assert states(registry) == {"one": State.REGISTERED, "two": State.RESIDENT, "three": State.RESIDENT}
-    assert registry.residents.evictions == 1
+    assert registry.residents.evictions == evictions + 1
     assert registry.residents.bytes <= registry.residents.max_bytes
     with registry.acquire("one") as lease:
         assert tokens(server, lease.version) == before
