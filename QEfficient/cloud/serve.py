@@ -114,9 +114,10 @@ def command(argv: Sequence[str]) -> int:
     if options.engine == "ray":
         from QEfficient.serve.cluster import application, serve_cluster
 
+        port = address.getsockname()[1]  # not 0, whatever was asked for
         address.close()  # Ray's own process takes it
         app = application(options.base, adapters, settings, replicas=options.replicas)
-        serve_cluster(app, host=options.host, port=options.port, address=options.ray_address or None)
+        serve_cluster(app, host=options.host, port=port, address=options.ray_address or None)
         return 0
     start.serve(start.build(options.base, adapters, **settings), address)
     return 0

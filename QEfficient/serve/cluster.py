@@ -130,6 +130,7 @@ def serve_cluster(app: Any, *, host: str, port: int, address: str | None = None)
     ended = threading.Event()
     for sent in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sent, lambda *_: ended.set())
+    log("listening", host=host, port=port)
     log("ready", engine="ray")
     ended.wait()
     log("draining")

@@ -101,13 +101,6 @@ class Here(Preparer):
         return prepare(wanted)
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """Write the base and two adapters, of different rank and targets."""

@@ -23,7 +23,7 @@ from QEfficient.serve.calls import Call
 from QEfficient.serve.config import Places
 from QEfficient.serve.front import LOAD, UNLOAD, Front
 from QEfficient.serve.metrics import merged
-from tests.serve.conftest import Place, Running, free_port
+from tests.serve.conftest import Place, Running
 
 CLUSTER = """
 import sys, time
@@ -119,19 +119,20 @@ def test_two_nodes(place: Place, tmp_path: Path) -> None:
     env["RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S"] = "300"  # on a busy machine Ray's 5 s are not enough
     env["RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S"] = "300"
     nodes = subprocess.Popen([sys.executable, "-c", CLUSTER], stdin=-1, stdout=-1, env=env, text=True)
-    port, log = free_port(), tmp_path / "log"
+    log = tmp_path / "log"
     command = [sys.executable, "-m", "QEfficient.cloud", "serve", str(place.base), "--engine", "ray", "--replicas", "2"]
-    command += ["--port", str(port), "--adapter", f"one={place.adapters / 'one'}", "--threads", "1", "--ctx-len", "128"]
+    command += ["--port", "0", "--adapter", f"one={place.adapters / 'one'}", "--threads", "1", "--ctx-len", "128"]
     command += ["--adapter", f"two={place.adapters / 'two'}", "--allow-folder", str(place.adapters)]
     assert nodes.stdout is not None
     command += ["--ray-address", nodes.stdout.readline().strip()]
-    running = Running(subprocess.Popen(command, stderr=log.open("w"), env=env, text=True), port, log)
+    running = Running(subprocess.Popen(command, stderr=log.open("w"), env=env, text=True), 0, log)
     try:
         deadline = time.monotonic() + 900
         while '"event": "ready"' not in log.read_text():
             assert running.process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
+        running.port = next(e["port"] for e in running.events() if e["event"] == "listening")
         check_cluster(running, place)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(600) == 0
