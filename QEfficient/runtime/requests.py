@@ -3,7 +3,7 @@
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -93,11 +93,15 @@ def check(request: Request, vocab_size: int, ctx_len: int, virtual_tokens: int) 
             f"the context does not fit: {more}{prompt} prompt tokens and {new} new ones are {need}, a slot holds {ctx_len}"
         )
     for name, ids in (("prompt_ids", request.prompt_ids), ("logit_bias", request.sampling.logit_bias)):
-        wrong = [i for i in ids if not 0 <= i < vocab_size]
-        if wrong:
-            raise ConfigError(f"{name}: token ids must be in [0, {vocab_size}), not {wrong[0]}")
+        if (unknown := first_unknown(ids, vocab_size)) is not None:
+            raise ConfigError(f"{name}: token ids must be in [0, {vocab_size}), not {unknown}")
     if request.logprobs is not None and request.logprobs < 0:
         raise ConfigError(f"logprobs must be at least 0, not {request.logprobs}")
+
+
+def first_unknown(ids: Iterable[int], vocab_size: int) -> int | None:
+    """Return the first token that a base of so many tokens lacks; None if it has all."""
+    return next((i for i in ids if not 0 <= i < vocab_size), None)
 
 
 @dataclass(frozen=True, slots=True)

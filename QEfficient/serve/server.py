@@ -17,7 +17,7 @@ from typing import Any
 from QEfficient.contract import BASE
 from QEfficient.errors import AdaptersFullError
 from QEfficient.runtime.engine import Engine
-from QEfficient.runtime.requests import Request, Sampling
+from QEfficient.runtime.requests import Request, Sampling, first_unknown
 from QEfficient.serve.completions import Answer
 from QEfficient.serve.config import Key, Keys, Limits, Places
 from QEfficient.serve.entries import Lease
@@ -277,10 +277,9 @@ class Server:
     def _need_known(self, ids: Iterable[int], param: str) -> None:
         """Refuse tokens that the base does not have."""
         count = self.engine.manifest.vocab_size
-        for i in ids:
-            if not 0 <= i < count:
-                message = f"{param}: token ids must be at least 0 and below {count}, not {i}"
-                raise Refusal(400, message, code="invalid_value", param=param)
+        if (unknown := first_unknown(ids, count)) is not None:
+            message = f"{param}: token ids must be at least 0 and below {count}, not {unknown}"
+            raise Refusal(400, message, code="invalid_value", param=param)
 
     async def _in_thread(self, work: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._workers, work, *args)
