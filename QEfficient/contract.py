@@ -49,6 +49,10 @@ MIXED = "mixed"
 """Manifest option of a program: rows of one call may run with different adapters, cut into pieces along their rank. Its value
 lists, for each kind of modules, the adapter's inputs; ``ADAPTER_MASK`` says which row each place of a piece is for."""
 
+KERNELS = "kernels"
+"""Manifest option of a program: it uses operators of our own, compiled from the sources with this digest. A session compiles them for its
+machine, or finds them in the cache."""
+
 ADAPTER_MASK = "adapter_mask"
 """Input of a mixed program, ``(batch_size, places, pieces)`` float32: 1 where a place of a piece is a row's, else 0; the pieces are
 those of all kinds of modules, in the order of ``MIXED``. With one adapter for all rows: ``(1, 1, rank)``, ones."""
@@ -83,6 +87,7 @@ class AdapterSpec:
         joined: Name of the program's input that this tensor is a part of, parts following one another along the rank; empty: it
             is an input itself.
         columns: For a part of a joined input with its ranks on a diagonal: its first column and the columns of the whole.
+        held: NumPy name of the element type of the program's input, where it is another than the file's; empty: ``dtype``.
 
     Name and shape always are those of the adapter's own file, so that one adapter fits a graph and its programs alike.
     """
@@ -95,6 +100,7 @@ class AdapterSpec:
     bound: bool = True
     joined: str = ""
     columns: tuple[int, ...] = ()
+    held: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,7 @@ class Options:
     threads: int = option(2, "Threads of each subject.")
     precision: str = option("int4", "Precision of the program.")
     block_size: int | None = option(None, "Weights that share a scale; default: as `qefficient compile`.")
+    target: str = option("onnxruntime", "What to compile for; onnxruntime-plain: without kernels of our own.")
     pytorch: bool = option(True, "Measure PyTorch with PEFT too.")
 
 
@@ -108,7 +109,9 @@ def main() -> None:
     graph = export_graph(
         model, options.work / "graph", adapter_name="r64", checkpoint=Checkpoint(options.work / "base")
     )
-    program = compile_graph(graph, precision=options.precision, block_size=options.block_size, mixed=True)
+    program = compile_graph(
+        graph, target=options.target, precision=options.precision, block_size=options.block_size, mixed=True
+    )
     names = [*KINDS, "base"]
     prompts = np.random.default_rng(0).integers(0, VOCAB, (8, options.prompt))
     wholes = {"8 different": names, "8 x r16": ["r16"] * 8, "8 x r64": ["r64"] * 8, "8 x base": ["base"] * 8}

@@ -17,8 +17,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep exported graphs of the tests out of the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Keep exported graphs of the tests out of the user's cache; kernels are compiled once for all processes of a run."""
+    folder, base = tmp_path_factory.mktemp("cache"), tmp_path_factory.getbasetemp()
+    kernels = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernels"
+    kernels.mkdir(exist_ok=True)
+    (folder / "kernels").symlink_to(kernels)
     before = os.environ.get("QEFF_HOME")
     os.environ["QEFF_HOME"] = str(folder)
     yield folder

@@ -17,7 +17,11 @@ class Options:
     """Compile an exported graph to a program for this machine; a program that is there already is used again."""
 
     graph: Path = option(help="Folder of an exported graph, or its model.onnx.", positional=True)
-    target: str = option("onnxruntime", "What to compile for.", metavar="NAME")
+    target: str = option(
+        "onnxruntime",
+        "What to compile for: onnxruntime, with kernels made for this CPU if there is a C++ compiler, or onnxruntime-plain, without.",
+        metavar="NAME",
+    )
     precision: str = option("fp32", "How the base's weights are held: fp32, int8 or int4.", metavar="TYPE")
     block_size: int | None = option(
         None,

@@ -146,9 +146,14 @@ def lowered_specs(model: ir.Model, specs: Sequence[AdapterSpec]) -> tuple[Adapte
     """Return ``specs`` with what the passes noted at the inputs of ``model``."""
     notes: dict[str, dict[str, Any]] = {}
     for value in model.graph.inputs:
-        notes[str(value.name)] = _note(value.metadata_props.get(_PERM, ""), value.metadata_props.get(_SCALED_BY, ""))
+        held = {"held": "float16"} if value.dtype == ir.DataType.FLOAT16 else {}
+        notes[str(value.name)] = {
+            **_note(value.metadata_props.get(_PERM, ""), value.metadata_props.get(_SCALED_BY, "")),
+            **held,
+        }
         for name, perm, scaled_by, columns in json.loads(value.metadata_props.get(_PARTS, "[]")):
-            notes[name] = {**_note(perm, scaled_by), "joined": str(value.name), "columns": tuple(columns)}
+            joined = {"joined": str(value.name), "columns": tuple(columns)}
+            notes[name] = {**_note(perm, scaled_by), **joined, **held}
     return tuple(replace(spec, **notes.get(spec.name, {"bound": False})) for spec in specs)
 
 

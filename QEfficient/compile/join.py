@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.adapters import drop_unused_parts, note_parts
-from QEfficient.compile.values import CONTRIB, made_by, operands, take_over, used_once
+from QEfficient.compile.values import CONTRIB, made_by, operands, take_over, two_products, used_once
 from QEfficient.compile.weightfile import read_weight
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
@@ -57,7 +57,7 @@ class JoinAttentionProjections:
             return _Branch(base, None, None)
         terms = operands(made_by(value, "Add"))
         for product, update in (terms, terms[::-1]) if terms is not None else ():
-            base, matrices = _in_blocks(product), _two_products(update)
+            base, matrices = _in_blocks(product), two_products(update)
             if base is None or matrices is None or not used_once(product) or matrices[0] is not base.inputs[0]:
                 continue
             if self._is_tensor(matrices[1]) and self._is_tensor(matrices[2]):
@@ -89,15 +89,6 @@ class _Branch:
 def _in_blocks(value: ir.Value) -> ir.Node | None:
     node = value.producer()
     return node if node is not None and node.op_type == "MatMulNBits" and node.domain == CONTRIB else None
-
-
-def _two_products(value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
-    """Return ``x``, ``A`` and ``B`` if ``value`` is ``(x @ A) @ B`` and nothing else is read."""
-    second = operands(made_by(value, "MatMul"))
-    first = operands(made_by(second[0], "MatMul")) if second is not None else None
-    if first is None or second is None or not used_once(value) or not used_once(second[0]):
-        return None
-    return first[0], first[1], second[1]
 
 
 def _alike(branches: list[_Branch]) -> bool:

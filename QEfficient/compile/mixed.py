@@ -10,6 +10,8 @@ for several rows it packs it first, at every call. And modules that some adapter
 2. A product with ones and zeros adds up what each row got at its places.
 
 With one adapter the graph does the same with a single place, which takes all rows.
+
+A product of our own (:mod:`QEfficient.compile.products`) takes the mask and the pieces, and does that by itself.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +19,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from QEfficient.compile.products import ADAPTER, OPERATOR
 from QEfficient.compile.values import made_by, new_constant, operands, used_once
 from QEfficient.contract import ADAPTER_MASK
 
@@ -66,13 +70,17 @@ class GatherAdapterPieces:
                 made.split(pair, rows, places)
                 kinds.setdefault(key, []).extend((str(pair.a.name), str(pair.b.name)))
         self.kinds = list(kinds.values())
+        common.RemoveUnusedNodesPass()(model)
         graph.sort()
         return model, True
 
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """One module's update: ``first`` is ``x @ a``, ``second`` is ``first @ b``; ``rows`` names ``B`` and ``S`` of ``x``."""
+    """One module's update: ``first`` is ``x @ a``, ``second`` is ``first @ b``; ``rows`` names ``B`` and ``S`` of ``x``.
+
+    Where a product of our own takes both, it is ``first`` and ``second``.
+    """
 
     first: ir.Node
     second: ir.Node
@@ -81,11 +89,16 @@ class _Pair:
     b: ir.Value
     rows: tuple[str, ...]
 
+    @property
+    def is_own(self) -> bool:
+        return self.first is self.second
+
 
 @dataclass(frozen=True, slots=True)
 class _Places:
     """What a call computes once for all modules of a kind."""
 
+    mask: ir.Value  # (B or 1, m, C), this kind's part of it
     rows: ir.Value  # (C, m), the row that each place takes
     sums: ir.Value  # (B or 1, C * m), 1 where a place is a row's
     fold: ir.Value  # the shape (C * m, -1)
@@ -130,11 +143,12 @@ class _Rewrite:
             # With one adapter the mask may have fewer columns than there are kinds.
             start = self.add(self.top, "Min", [self.before, self.add(self.top, "Sub", [self.pieces, count])])
             end = self.add(self.top, "Add", [start, count])
-            mine = self.add(self.top, "Slice", [self.mask, start, end, self.two])
-            mine = self.add(self.top, "Transpose", [mine], perm=[0, 2, 1])  # (B or 1, C, m)
+            mask = self.add(self.top, "Slice", [self.mask, start, end, self.two])
+            mine = self.add(self.top, "Transpose", [mask], perm=[0, 2, 1])  # (B or 1, C, m)
             sums = self.add(self.top, "Reshape", [mine, self.flat])
             size = self.add(self.top, "Shape", [sums], start=1, end=2)
             self.places[kind] = _Places(
+                mask=mask,
                 rows=self.add(self.top, "ArgMax", [mine], axis=0, keepdims=0),
                 sums=sums,
                 fold=self.add(self.top, "Concat", [size, self.rest], axis=0),
@@ -149,6 +163,11 @@ class _Rewrite:
 
     def split(self, pair: _Pair, rows: ir.Value, places: _Places) -> None:
         """Multiply those rows instead of ``x``, and add up what each row gets."""
+        if pair.is_own:
+            pair.first.resize_inputs(ADAPTER + 3)
+            pair.first.replace_input_with(ADAPTER + 2, places.mask)
+            pair.a.shape = pair.b.shape = None
+            return
         pair.first.replace_input_with(0, rows)
         update = pair.second.outputs[0]
         shape, (use, *_) = update.shape, tuple(update.uses())
@@ -172,6 +191,11 @@ def _pairs(graph: ir.Graph, inputs: Sequence[ir.Value]) -> Iterator[_Pair]:
     """Yield all pairs, in the order of the graph."""
     known = {v for v in inputs if used_once(v) and v.shape is not None and len(v.shape) == 2}
     for first in tuple(graph):
+        if first.op_type == OPERATOR and len(first.inputs) > ADAPTER:
+            x, a, b = first.inputs[0], first.inputs[ADAPTER], first.inputs[ADAPTER + 1]
+            if x is not None and a in known and b in known:
+                yield _Pair(first, first, x, a, b, (str(x.name),))
+            continue
         source, product = operands(first), first.outputs[0]
         if source is None or source[1] not in known or not used_once(product) or made_by(product, "MatMul") is None:
             continue

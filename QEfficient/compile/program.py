@@ -21,7 +21,7 @@ from QEfficient.store import link_or_copy, record_file, record_files, verify_fil
 
 PROGRAM_DIR = "program"
 CONFIG_FILE = "qconfig.json"
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 """Raised when the passes change what they make of the same graph."""
 
 
@@ -95,7 +95,7 @@ def compile_graph(
     else:
         manifest = replace(manifest, files={name: record_file(graph / name) for name in manifest.files})
     content = manifest.hash if verify else {name: f["xxh3"] for name, f in manifest.files.items()}
-    identity = {"format": FORMAT_VERSION, "graph": content, **options, **chosen.identity()}
+    identity = {"format": FORMAT_VERSION, "graph": content, **options, **chosen.identity(weights)}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = (Path(out) if out is not None else graph) / f"qpc-{digest}"
     if not _is_whole(folder / PROGRAM_DIR):
@@ -128,7 +128,7 @@ def _write(
         lowered,
         hash=digest,
         files=files,
-        versions={**manifest.versions, **target.identity()},
+        versions={**manifest.versions, **target.identity(precision)},
         options={**lowered.options, **options, "graph": manifest.hash},
     )
     lowered.write(program)

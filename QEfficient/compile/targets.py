@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What a program can be compiled for. A target is one class; it says what identifies its programs, and makes them."""
 
-import hashlib
+import functools
 import importlib.metadata
-import platform
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,18 +12,24 @@ import onnx_ir as ir
 
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
 from QEfficient.compile.attention import FuseCacheAttention
+from QEfficient.compile.blocks import BITS
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
 from QEfficient.compile.mixed import GatherAdapterPieces
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
+from QEfficient.compile.products import AdaptersIntoProducts, OwnProducts
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.transposes import FuseWeightTranspose
 from QEfficient.compile.values import CONTRIB
 from QEfficient.compile.weightfile import files_of, store_weights
-from QEfficient.contract import MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
+from QEfficient.contract import KERNELS, MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
+from QEfficient.kernels.cpu import instruction_set
+from QEfficient.kernels.library import sources, why_not
 from QEfficient.options import suggest
+
+LOGGER = logging.getLogger("qefficient.compile")
 
 _SMALL_BYTES = 1 << 20
 
@@ -41,7 +47,7 @@ class Target(Protocol):
     name: str
     precisions: tuple[str, ...]
 
-    def identity(self) -> dict[str, str]:
+    def identity(self, precision: Precision) -> dict[str, str]:
         """Return versions and machine: a program made under another identity is not used."""
 
     def lower(
@@ -64,14 +70,26 @@ class Target(Protocol):
 
 
 class OnnxRuntime:
-    """ONNX Runtime on this machine's CPU."""
+    """ONNX Runtime on this machine's CPU, with kernels of our own for weights in blocks.
 
-    name = "onnxruntime"
+    Args:
+        name: The target's name.
+        own_kernels: Use them where the machine can have them; otherwise ONNX Runtime's alone.
+    """
+
     precisions: tuple[str, ...] = ("fp32", "int8", "int4")
 
-    def identity(self) -> dict[str, str]:
-        """Return the version of ONNX Runtime and the CPU's instruction set."""
-        return {"onnxruntime": importlib.metadata.version("onnxruntime"), "cpu": instruction_set()}
+    def __init__(self, name: str = "onnxruntime", *, own_kernels: bool = True) -> None:
+        self.name = name
+        self._own_kernels = own_kernels
+
+    def identity(self, precision: Precision) -> dict[str, str]:
+        """Return the version of ONNX Runtime, the CPU's instruction set, and the sources of the kernels that are used."""
+        versions = {"onnxruntime": importlib.metadata.version("onnxruntime"), "cpu": instruction_set()}
+        return {**versions, KERNELS: sources()} if self._has_kernels(precision) else versions
+
+    def _has_kernels(self, precision: Precision) -> bool:
+        return self._own_kernels and precision.name in BITS and not _why_no_kernels()
 
     def passes(self, manifest: Manifest, *, positions: int) -> tuple[Pass, ...]:
         """Return the rewrites that change no result, in their order; ``positions`` is the longest context, 0 if unknown."""
@@ -106,7 +124,13 @@ class OnnxRuntime:
         model, changed = quantized.apply(model)
         model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
         specs = lowered_specs(model, manifest.adapter)
-        pieces = GatherAdapterPieces([s.joined or s.name for s in specs if s.bound])
+        tensors = [s.joined or s.name for s in specs if s.bound]
+        own = self._has_kernels(precision)
+        if own:
+            model, own = OwnProducts().apply(model)
+            model, _ = AdaptersIntoProducts(tensors).apply(model)
+            specs = lowered_specs(model, manifest.adapter)
+        pieces = GatherAdapterPieces(tensors)
         if mixed:
             model, _ = pieces.apply(model)
         model, _ = FuseWeightTranspose().apply(model)  # of what is not quantised
@@ -119,6 +143,7 @@ class OnnxRuntime:
             **manifest.options,
             ONE_ROW_CHUNKS: one_row_chunks,
             **({MIXED: pieces.kinds} if pieces.kinds else {}),
+            **({KERNELS: sources()} if own else {}),
         }
         if changed:
             options["quantized"] = quantized.errors
@@ -130,7 +155,16 @@ class OnnxRuntime:
         )
 
 
-TARGETS: dict[str, Target] = {t.name: t for t in (OnnxRuntime(),)}
+@functools.cache
+def _why_no_kernels() -> str:
+    """Return why this machine has none of our kernels, saying so once; empty if it has them."""
+    reason = why_not()
+    if reason:
+        LOGGER.warning("products run on ONNX Runtime's kernels, not on those made for this CPU: %s", reason)
+    return reason
+
+
+TARGETS: dict[str, Target] = {t.name: t for t in (OnnxRuntime(), OnnxRuntime("onnxruntime-plain", own_kernels=False))}
 
 
 def find_target(name: str, precision: str) -> Target:
@@ -154,13 +188,3 @@ def find_target(name: str, precision: str) -> Target:
             f"(it has: {', '.join(target.precisions)})"
         )
     return target
-
-
-def instruction_set() -> str:
-    """Return the machine's architecture and a digest of what its CPU can do."""
-    try:
-        info = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return f"{platform.machine()} {platform.processor()}"
-    flags = next((line.split(":", 1)[1] for line in info.splitlines() if line.startswith(("flags", "Features"))), "")
-    return f"{platform.machine()} {hashlib.sha256(' '.join(sorted(flags.split())).encode()).hexdigest()[:12]}"

@@ -69,6 +69,15 @@ def operands(node: ir.Node | None) -> tuple[ir.Value, ir.Value] | None:
     return (left, right) if left is not None and right is not None else None
 
 
+def two_products(value: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value] | None:
+    """Return ``x``, ``A`` and ``B`` if ``value`` is ``(x @ A) @ B`` and nothing else is read."""
+    second = operands(made_by(value, "MatMul"))
+    first = operands(made_by(second[0], "MatMul")) if second is not None else None
+    if first is None or second is None or not used_once(value) or not used_once(second[0]):
+        return None
+    return first[0], first[1], second[1]
+
+
 def used_once(value: ir.Value) -> bool:
     """Whether exactly one input of one node reads ``value``, and it is no graph output."""
     return not value.is_graph_output() and len(tuple(value.uses())) == 1

@@ -55,6 +55,8 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
         tensor = tensors[spec.name]
         if spec.scaled_by:
             tensor = tensor * tensors[spec.scaled_by]
+        if spec.held:
+            tensor = _held(spec, tensor)
         if spec.perm:
             tensor = tensor.transpose(spec.perm)
         if spec.joined:
@@ -62,8 +64,20 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
             continue
         # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
         copy = tensor.flags.writeable and tensor is tensors[spec.name]
-        placed[spec.name] = np.array(tensor, dtype=spec.dtype, order="C", copy=True if copy else None, ndmin=0)
+        placed[spec.name] = np.array(tensor, spec.held or spec.dtype, order="C", copy=True if copy else None, ndmin=0)
     return placed | {name: _join(tensors) for name, tensors in parts.items()}
+
+
+def _held(spec: AdapterSpec, tensor: Array) -> Array:
+    """Return a tensor in the type that the program holds it in."""
+    with np.errstate(over="ignore"):
+        held = tensor.astype(spec.held)
+    if not np.isfinite(held).all() and np.isfinite(tensor).all():
+        raise AdapterMismatchError(
+            f"{spec.name!r} has values of up to {np.abs(tensor).max():.3g} when it is scaled, and programs hold adapters in {spec.held}, "
+            f"up to {np.finfo(spec.held).max:.3g}; compile with precision fp32, or for the target onnxruntime-plain"
+        )
+    return held
 
 
 def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:

@@ -114,7 +114,8 @@ class _Pieces:
         count = -(-rank // PIECE) if changes else 0
         self.owners += [""] * (count - sum(owner not in needed for owner in self.owners))
         free = [at for at, owner in enumerate(self.owners) if owner not in needed]
-        chosen = sorted(free, key=lambda at: self.owners[at] != "")[:count]
+        # In the order of the ranks: kernels add up pieces as they come, and a row's sum shall be that of the adapter alone.
+        chosen = sorted(sorted(free, key=lambda at: self.owners[at] != "")[:count])
         for owner in {self.owners[at] for at in chosen}:
             self.forget(owner)
         self._make_room(placed, rank)
@@ -141,14 +142,13 @@ class _Pieces:
             self._room[key][:kept] = room[:kept]
 
     def _close_up(self, needed: Mapping[str, Any]) -> None:
-        """Forget unused pieces; those at the end take their places."""
+        """Forget unused pieces; those behind them move up."""
         kept = [at for at, owner in enumerate(self.owners) if owner in needed]
-        holes = [at for at in range(len(kept)) if self.owners[at] not in needed]
-        for at, end in zip(holes, kept[len(kept) - len(holes) :], strict=True):
-            self.owners[at] = self.owners[end]
-            for room in self._room.values():
-                room[at] = room[end]
-        self.owners = self.owners[: len(kept)] or [""]
+        for at, was in enumerate(kept):
+            if at != was:
+                for room in self._room.values():
+                    room[at] = room[was]
+        self.owners = [self.owners[at] for at in kept] or [""]
         self._known &= set(needed)
         if self._size > _MOST_ROOM * len(self.owners):
             self._resize()

@@ -22,6 +22,7 @@ from QEfficient.contract import (
     ADAPTER_MASK,
     BASE,
     INPUT_IDS,
+    KERNELS,
     LOGITS,
     MIXED,
     MODEL_FILE,
@@ -41,6 +42,7 @@ from QEfficient.errors import (
     NotCompiledError,
     UnsupportedError,
 )
+from QEfficient.kernels.library import library, sources
 from QEfficient.options import suggest
 from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, split_entries, validate
 from QEfficient.runtime.cores import usable_cores
@@ -132,8 +134,11 @@ class OrtSession:
         if verify:
             verify_files(folder, self.manifest.files)
         options = onnxruntime.SessionOptions()
-        if threads is not None or usable_cores() < (psutil.cpu_count(logical=False) or 1):
-            options.intra_op_num_threads = threads or usable_cores()
+        cores = usable_cores()
+        if threads is not None or cores < (psutil.cpu_count(logical=False) or 1):
+            options.intra_op_num_threads = threads or cores
+        if KERNELS in self.manifest.options:
+            options.register_custom_ops_library(str(self._kernels()))
         os.environ.setdefault(_DISABLE_FLASH, "1")
         try:
             with on_large_pages() if large_pages else nullcontext():
@@ -158,6 +163,23 @@ class OrtSession:
         self._shift = np.zeros(0, np.int64)  # how many entries each row began with; its tokens stand behind them
         self._active = BASE
         self._bindings: dict[str, Any] = {}  # of the cache and an adapter, made when first used
+
+    def _kernels(self) -> Path:
+        """Return the library of the operators that the program uses, compiled for this machine.
+
+        Raises:
+            ArtifactError: They are not those of this version, or this machine cannot have them.
+        """
+        if self.manifest.options[KERNELS] != sources():
+            raise ArtifactError(
+                f"{self.folder} was compiled for kernels of another version of this package; compile its graph again"
+            )
+        try:
+            return library()
+        except UnsupportedError as e:
+            raise ArtifactError(
+                f"{self.folder} uses kernels that this machine cannot have: {e}. Compile its graph again on this machine."
+            ) from e
 
     @property
     def batch_size(self) -> int:

@@ -278,7 +278,7 @@ def test_compile_mistakes(graph, tmp_path, capsys):
     assert run("compile", [str(tmp_path)]) == 2
     assert "is not an exported graph" in capsys.readouterr().err
     assert run("compile", [str(graph), "--target=npu"]) == 2
-    assert "unknown target 'npu' (known: onnxruntime)" in capsys.readouterr().err
+    assert "unknown target 'npu' (known: onnxruntime, onnxruntime-plain)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["compile", "generate"])

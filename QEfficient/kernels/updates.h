@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// What adapters add to a product: y += (x A) B, with A and B in 16-bit floats, each row with the adapters that it uses.
+//
+// An adapter is a piece, or several of some ranks each. A row's sums are added in the order of the columns of x, then in that of the ranks, so they
+// are the same however an adapter is cut, and whichever rows are computed together.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+struct Pieces {
+  int64_t count, columns, ranks, rows;  // C, K, p, N
+  const uint16_t* a;                    // (C, K, p)
+  const uint16_t* b;                    // (C, p, N)
+};
+
+// Rows of x that use a piece: some of `Updates::rows`, from `first` on.
+struct Use {
+  int64_t piece, first, count;
+};
+
+constexpr int64_t kLanes = 8;
+
+// Eight 16-bit floats of a row that ends after `left` of them.
+inline __m256 halves(const uint16_t* p, int64_t left) {
+  if (left >= kLanes) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  alignas(16) uint16_t some[kLanes] = {};
+  std::memcpy(some, p, left * sizeof(uint16_t));
+  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
+}
+
+inline void store(float* p, __m256 value, int64_t left) {
+  if (left >= kLanes) return _mm256_storeu_ps(p, value);
+  alignas(32) float some[kLanes];
+  _mm256_store_ps(some, value);
+  std::memcpy(p, some, left * sizeof(float));
+}
+
+inline __m256 load(const float* p, int64_t left) {
+  if (left >= kLanes) return _mm256_loadu_ps(p);
+  alignas(32) float some[kLanes] = {};
+  std::memcpy(some, p, left * sizeof(float));
+  return _mm256_load_ps(some);
+}
+
+// y[m][c] = from[m][c] + sum over k of x[m][k] * w[k][c], for M rows and V registers of columns; `left` columns are there.
+template <int M, int V>
+void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t left, float* const* y) {
+  __m256 totals[M][V];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) totals[m][v] = load(y[m] + v * kLanes, left - v * kLanes);
+  for (int64_t k = 0; k < depth; ++k, w += stride) {
+    __m256 parts[V];
+    for (int v = 0; v < V; ++v) parts[v] = halves(w + v * kLanes, left - v * kLanes);
+    for (int m = 0; m < M; ++m) {
+      const __m256 each = _mm256_broadcast_ss(x[m] + k);
+      for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < V; ++v) store(y[m] + v * kLanes, totals[m][v], left - v * kLanes);
+}
+
+// The same for any number of columns.
+template <int M>
+void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns, float* const* y) {
+  constexpr int kWide = M == 1 ? 8 : 2;
+  float* at[M];
+  for (int64_t c = 0; c < columns;) {
+    for (int m = 0; m < M; ++m) at[m] = y[m] + c;
+    const int64_t left = columns - c;
+    if (left >= kWide * kLanes) {
+      accumulate<M, kWide>(x, depth, w + c, stride, left, at);
+      c += kWide * kLanes;
+    } else if (left > kLanes) {
+      accumulate<M, 2>(x, depth, w + c, stride, left, at);
+      c += 2 * kLanes;
+    } else {
+      accumulate<M, 1>(x, depth, w + c, stride, left, at);
+      c += kLanes;
+    }
+  }
+}
+
+// Rows of one call and the pieces that they use.
+struct Updates {
+  // What one thread does at once of the products with A: some rows of a use, some columns of x.
+  struct Job {
+    int64_t piece, first, count, part;
+  };
+  static constexpr int64_t kRows = 16, kDepth = 1024;
+
+  std::vector<Use> uses;
+  std::vector<int32_t> rows;
+  std::vector<Job> jobs;
+  std::vector<float> products;  // (parts of the columns, rows, p), the products with A
+
+  // `places` (B or 1, m, C) is not zero where a row uses a piece; null, or of a single row and piece: all rows use it.
+  void find(const Pieces& pieces, int64_t count, const float* places, int64_t batch, int64_t most) {
+    uses.clear();
+    rows.clear();
+    jobs.clear();
+    const bool all = !places || (batch == 1 && pieces.count == 1);
+    const int64_t of_each = batch > 1 ? count / batch : count, parts = (pieces.columns + kDepth - 1) / kDepth;
+    for (int64_t c = 0; c < pieces.count; ++c) {
+      Use use{c, static_cast<int64_t>(rows.size()), 0};
+      for (int64_t row = 0; row < count; ++row) {
+        bool used = all;
+        for (int64_t m = 0; m < most && !used; ++m) used = places[(row / of_each * most + m) * pieces.count + c] != 0;
+        if (used) rows.push_back(static_cast<int32_t>(row));
+      }
+      use.count = static_cast<int64_t>(rows.size()) - use.first;
+      for (int64_t i = 0; i < use.count; i += kRows)
+        for (int64_t part = 0; part < parts; ++part) jobs.push_back({c, use.first + i, std::min(kRows, use.count - i), part});
+      if (use.count) uses.push_back(use);
+    }
+    products.assign(parts * rows.size() * pieces.ranks, 0.f);
+  }
+
+  // A job's products with A.
+  void down(const Pieces& pieces, const Job& job, const float* x) {
+    const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin);
+    const uint16_t* a = pieces.a + (job.piece * pieces.columns + begin) * pieces.ranks;
+    float* made = products.data() + job.part * rows.size() * pieces.ranks;
+    const auto from = [&](int64_t i) { return x + rows[i] * pieces.columns + begin; };
+    const auto to = [&](int64_t i) { return made + i * pieces.ranks; };
+    for_rows(job.first, job.count, from, to, depth, a, pieces.ranks, pieces.ranks);
+  }
+
+  // Adds up the parts, in their order.
+  void gather() {
+    const size_t size = jobs.empty() ? 0 : products.size() / (jobs.back().part + 1);
+    for (size_t i = size; i < products.size(); ++i) products[i % size] += products[i];
+  }
+
+  // Adds what the columns from `begin` to `end` of y get.
+  void up(const Pieces& pieces, int64_t begin, int64_t end, float* y) const {
+    const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks; };
+    const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + begin; };
+    for (const Use& use : uses)
+      for_rows(use.first, use.count, from, to, pieces.ranks, pieces.b + use.piece * pieces.ranks * pieces.rows + begin, pieces.rows, end - begin);
+  }
+
+ private:
+  template <class From, class To>
+  static void for_rows(int64_t first, int64_t count, From from, To to, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns) {
+    int64_t i = first;
+    for (; i + 4 <= first + count; i += 4) {
+      const float* x[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};
+      float* y[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
+      accumulate<4>(x, depth, w, stride, columns, y);
+    }
+    for (; i < first + count; ++i) {
+      const float* x[] = {from(i)};
+      float* y[] = {to(i)};
+      accumulate<1>(x, depth, w, stride, columns, y);
+    }
+  }
+};

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The library of this machine, and libraries with a fault in them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from QEfficient.errors import UnsupportedError
+from QEfficient.kernels import library as made
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """Return the library of this machine."""
+    try:
+        return made.library()
+    except UnsupportedError as e:
+        pytest.skip(f"this machine has no kernels: {e}")
+
+
+@pytest.fixture
+def built(library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Return a function that builds the sources with some text replaced, in a hurry."""
+
+    def build(name: str, old: str, new: str) -> Path:
+        folder = tmp_path / "sources"
+        folder.mkdir()
+        for source in made.SOURCES:
+            text = (made.HERE / source).read_text()
+            assert source != name or text.count(old) == 1
+            (folder / source).write_text(text.replace(old, new) if source == name else text)
+        monkeypatch.setattr(made, "HERE", folder)
+        monkeypatch.setattr(made, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in made.FLAGS))
+        made.build(made.find_compiler(), tmp_path / made.FILE)
+        return tmp_path / made.FILE
+
+    return build

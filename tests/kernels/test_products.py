@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: BSD-3-Clause
+import itertools
+
+import numpy as np
+import pytest
+
+from QEfficient.kernels.check import TOLERANCE, Blocks, model, pieces, product, session, wrong_products, wrong_updates
+
+KINDS = list(itertools.product((4, 8), (32, 64, 128, 256), (False, True)))
+
+
+@pytest.mark.parametrize(("bits", "block_size", "zeros"), KINDS)
+def test_products(library, bits, block_size, zeros):
+    """Rows that end within a group or a block, weights in odd numbers, any number of rows: right, and each as it is alone."""
+    rng = np.random.default_rng(bits + block_size)
+    for columns, rows in ((1, 3), (31, 1), (200, 9), (417, 5), (896, 16)):
+        weight = Blocks.random(rng, rows, columns, bits=bits, block_size=block_size, zeros=zeros)
+        run = session(model(weight), library, threads=2)
+        x = rng.standard_normal((14, columns)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (14, 1)).astype(np.float32)
+        got, wanted = run.run(None, {"x": x})[0], product(x, weight)
+        assert (np.abs(got - wanted).max(1) <= TOLERANCE * np.abs(wanted).max(1)).all()
+        for count in (1, 4, 7, 8):
+            np.testing.assert_array_equal(run.run(None, {"x": x[:count]})[0], got[:count])
+
+
+def test_dimensions_in_front(library):
+    """``x`` may have several dimensions, none of them any size."""
+    weight = Blocks.random(np.random.default_rng(0), 6, 64, bits=4, block_size=32, zeros=False)
+    run = session(_with_shape(model(weight), [None, None, 64]), library)
+    x = np.random.default_rng(1).standard_normal((2, 3, 64)).astype(np.float32)
+    got = run.run(None, {"x": x})[0]
+    np.testing.assert_allclose(got.reshape(6, 6), product(x.reshape(6, 64), weight), rtol=0, atol=1e-3)
+    assert run.run(None, {"x": x[:, :0]})[0].shape == (2, 0, 6)
+
+
+def test_zeros_and_what_is_no_number(library):
+    """A row of zeros gives the bias, exactly; one that is not finite is NaN, and so is no other."""
+    rng = np.random.default_rng(0)
+    weight = Blocks.random(rng, 6, 96, bits=4, block_size=32, zeros=False)
+    bias = rng.standard_normal(6).astype(np.float32)
+    x = rng.standard_normal((4, 96)).astype(np.float32)
+    x[0], x[1, 40], x[2, 50] = 0, np.nan, np.inf
+    got = session(model(weight, bias), library).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(got[0], bias)
+    assert np.isnan(got).all(1).tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "places", "message"),
+    [
+        ((96, 4), (5, 6), (1, 1, 1), "a and b are not"),
+        ((95, 4), (4, 6), (1, 1, 1), "a and b are not"),
+        ((2, 1, 96, 4), (1, 1, 4, 6), (3, 1, 2), "a and b are not"),
+        ((2, 1, 96, 4), (2, 1, 4, 6), (3, 1, 1), "places do not fit"),
+        ((2, 1, 96, 4), (2, 1, 4, 6), (2, 1, 2), "places do not fit"),
+    ],
+)
+def test_adapters_of_other_shapes_are_refused(library, a, b, places, message):
+    """Shapes that do not fit are an error, not memory of somebody else."""
+    weight = Blocks.random(np.random.default_rng(0), 6, 96, bits=4, block_size=32, zeros=False)
+    run = session(model(weight, adapters=True), library)
+    feeds = {"a": np.zeros(a, np.float16), "b": np.zeros(b, np.float16), "places": np.ones(places, np.float32)}
+    with pytest.raises(Exception, match=message):
+        run.run(None, {"x": np.zeros((3, 96), np.float32), **feeds})
+
+
+def test_rows_of_several_tokens(library):
+    """Prompts of several rows: each token takes its row's adapter."""
+    rng = np.random.default_rng(0)
+    weight = Blocks.random(rng, 40, 96, bits=8, block_size=32, zeros=True)
+    adapters = [tuple(rng.standard_normal(shape).astype(np.float16) for shape in ((96, r), (r, 40))) for r in (3, 20)]
+    run = session(_with_shape(model(weight, adapters=True), [None, None, 96]), library)
+    x = rng.standard_normal((2, 5, 96)).astype(np.float32)
+    got = run.run(None, {"x": x, **pieces(adapters, np.array([1, 0]))})[0]
+    for row, of in enumerate((1, 0)):
+        a, b = (t.astype(np.float64) for t in adapters[of])
+        wanted = product(x[row], weight) + x[row] @ a @ b
+        np.testing.assert_allclose(got[row], wanted, rtol=0, atol=TOLERANCE * np.abs(wanted).max())
+
+
+FAULTS = {
+    "a bias that is left out": ("products.h", "(w.bias ? w.bias[n0 + r] : 0.f)", "0.f"),
+    "another zero point": ("products.h", "1 << (Group::Format::kBits - 1)", "0"),
+    "scales of the block before": ("products.h", "Group::spread(scales + block)", "Group::spread(scales + block / 2)"),
+    "a piece for all rows": ("updates.h", "bool used = all;", "bool used = true;"),
+    "ranks that are left out": ("updates.h", "to, pieces.ranks, pieces.b", "to, pieces.ranks / 2, pieces.b"),
+    "rows that depend on others": (
+        "products.h",
+        "m += Rows::height(m, count)) {",
+        "m += Rows::height(m, count)) { y[0] += count;",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=pytest.mark.slow) if i > 1 else f for i, f in enumerate(FAULTS)]
+)
+def test_the_check_sees_a_fault(built, fault):
+    """A library that computes something else is not used."""
+    wrong = built(*FAULTS[fault])
+    assert wrong_products(wrong) + wrong_updates(wrong) != []
+
+
+def test_the_check_is_silent(library):
+    """The library of this machine is right."""
+    assert wrong_products(library) + wrong_updates(library) == []
+
+
+def _with_shape(made, shape):
+    made.graph.input[0].type.tensor_type.shape.Clear()
+    for size in shape:
+        dim = made.graph.input[0].type.tensor_type.shape.dim.add()
+        if size is not None:
+            dim.dim_value = size
+    return made
