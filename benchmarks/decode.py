@@ -59,7 +59,7 @@ class Options:
     )
     programs: list[str] = option(
         ["fp32", "int8", "int4", "int4-128"],
-        "Programs: a precision, perhaps with its block size, perhaps on large pages (int4-128-large). Repeatable.",
+        "Programs: a precision, perhaps with its block size, perhaps on large pages (int4-128-large), perhaps without kernels of our own (int4-plain). Repeatable.",
     )
 
 
@@ -169,7 +169,8 @@ def open_programs(options: Options, model: PeftModel, base: Path, adapter: Path)
     for name in options.programs:
         precision, *how = name.split("-")
         blocks = next((int(h) for h in how if h.isdigit()), None)
-        folder = compile_graph(graph, precision=precision, block_size=blocks)
+        target = "onnxruntime-plain" if "plain" in how else "onnxruntime"
+        folder = compile_graph(graph, target=target, precision=precision, block_size=blocks)
         session = OrtSession(folder, threads=options.threads, large_pages="large" in how)
         session.load_adapter("lora", tensors)
         session.allocate(1, options.prompt + options.tokens)
