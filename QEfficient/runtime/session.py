@@ -142,6 +142,11 @@ class OrtSession:
         os.environ.setdefault(_DISABLE_FLASH, "1")
         try:
             with on_large_pages() if large_pages else nullcontext():
+                # Our kernels read weights where their file is mapped, and files have small pages.
+                self._weights = self._read_weights() if large_pages and KERNELS in self.manifest.options else {}
+                options.add_external_initializers_from_files_in_memory(
+                    [*self._weights], [*self._weights.values()], [w.nbytes for w in self._weights.values()]
+                )
                 self._ort = onnxruntime.InferenceSession(
                     folder / MODEL_FILE,
                     options,
@@ -163,6 +168,11 @@ class OrtSession:
         self._shift = np.zeros(0, np.int64)  # how many entries each row began with; its tokens stand behind them
         self._active = BASE
         self._bindings: dict[str, Any] = {}  # of the cache and an adapter, made when first used
+
+    def _read_weights(self) -> dict[str, Array]:
+        """Return the bytes of the files that hold weights, by name."""
+        names = [name for name in self.manifest.files if name.endswith(".safetensors") and name != NEUTRAL_FILE]
+        return {name: np.fromfile(self.folder / name, np.uint8) for name in names}
 
     def _kernels(self) -> Path:
         """Return the library of the operators that the program uses, compiled for this machine.

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from QEfficient.compile.program import compile_graph
+from QEfficient.compile.weightfile import WEIGHTS_FILE
+from QEfficient.contract import KERNELS, Manifest
 from QEfficient.errors import AdapterMismatchError, AdapterNotFoundError, ArtifactError, ConfigError, NotCompiledError
 from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.runtime import session as session_module
@@ -292,3 +294,19 @@ def test_damaged_graph(tiny, tmp_path: Path):
         OrtSession(tmp_path)
     with pytest.raises(ArtifactError, match="ONNX Runtime cannot load"):
         OrtSession(tmp_path, verify=False)
+
+
+def test_large_pages_take_weights_out_of_the_file(tiny, tmp_path):
+    """Kernels of our own read weights where the file is mapped; for large pages they are in memory, and give the same."""
+    program = compile_graph(tiny.graph, precision="int4", out=tmp_path)
+    if KERNELS not in Manifest.read(program).options:
+        pytest.skip("this machine has no kernels")
+    ids, positions = np.arange(6)[None], np.arange(6)[None]
+    logits, mapped = [], []
+    for large_pages in (True, False):
+        session = OrtSession(program, threads=1, large_pages=large_pages)
+        session.allocate(1, 8)
+        logits.append(session.run(ids, positions))
+        mapped.append(WEIGHTS_FILE in Path("/proc/self/maps").read_text())
+    assert mapped == [False, True]
+    np.testing.assert_array_equal(*logits)
