@@ -97,13 +97,36 @@ FAULTS = {
 )
 def test_the_check_sees_a_fault(built, fault):
     """A library that computes something else is not used."""
-    wrong = built(*FAULTS[fault])
+    wrong = built(FAULTS[fault])
     assert wrong_products(wrong) + wrong_updates(wrong) != []
 
 
 def test_the_check_is_silent(library):
     """The library of this machine is right."""
     assert wrong_products(library) + wrong_updates(library) == []
+
+
+EMULATED = """
+inline __m256i dpbusd(__m256i sums, __m256i w, __m256i x) {
+  int32_t s[8]; uint8_t u[32]; int8_t v[32];
+  std::memcpy(s, &sums, 32); std::memcpy(u, &w, 32); std::memcpy(v, &x, 32);
+  for (int i = 0; i < 32; ++i) s[i / 4] += u[i] * v[i];
+  std::memcpy(&sums, s, 32);
+  return sums;
+}
+struct Weight {"""
+
+
+@pytest.mark.slow
+def test_cpus_with_vnni(built):
+    """What they compile to is right, with their instruction written out, so that any CPU can tell."""
+    path = built(
+        ("products.h", "#define HAS_VNNI 0", "#define HAS_VNNI 1"),
+        ("products.h", "struct Weight {", EMULATED),
+        ("products.h", "_mm256_dpbusd_epi32(", "dpbusd("),
+        ("products.h", "_mm256_dpbusd_avx_epi32(", "dpbusd("),
+    )
+    assert wrong_products(path) + wrong_updates(path) == []
 
 
 def _with_shape(made, shape):
