@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernels as operators of ONNX Runtime, in the domain "QEfficient".
 #include <algorithm>
+#include <thread>
 
 #include "ort_abi.h"
 #include "products.h"
@@ -47,7 +48,15 @@ enum Input { kX, kData, kScales, kZeros, kBias, kA, kB, kPlaces, kInputs };
 struct BlockProduct {
   Weight weight{};
 
-  static constexpr int64_t kTaskBytes = 1 << 15, kAloneProducts = 1 << 15;
+  static constexpr int64_t kAloneProducts = 1 << 15;
+
+  // How many columns of y a thread makes at once, a multiple of `step`: some tasks for each core, for one may be slower than another, but long ones,
+  // for each begins with weights that nobody asked for.
+  static int64_t task_of(const Weight& w, int64_t step) {
+    static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t bytes = std::clamp<int64_t>(w.rows * w.row_bytes() / (4 * cores), 1 << 15, 1 << 18);
+    return std::clamp<int64_t>(bytes / w.row_bytes() / step * step, step, 2048);
+  }
 
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor in[kInputs];
@@ -92,8 +101,7 @@ struct BlockProduct {
     call.x = x.as<float>();
     call.y = static_cast<float*>(y);
     call.count = count;
-    const int64_t step = pieces.count ? 64 : 8;  // columns; 64 of b are two lines of the cache
-    call.task = std::clamp<int64_t>(kTaskBytes / w.row_bytes() / step * step, step, 256);
+    call.task = task_of(w, pieces.count ? 64 : 8);  // 64 columns of b are two lines of the cache
     call.updates.find(pieces, count, places.as<float>(), places.dims[0], places.dims[1]);
     return with_layout(w, [&](auto layout) { return call.run<decltype(layout)>(context); });
   }
