@@ -130,7 +130,9 @@ def main() -> None:
             for name, adapters in wholes.items():
                 made, rate = run(engine, prompts, adapters, options.tokens)
                 rates[name] += [rate] if turn else []
-                if name == "8 different" and not turn:  # later turns find their prompts in the cache, which `alone` did not
+                if (
+                    name == "8 different" and not turn
+                ):  # later turns find their prompts in the cache, which `alone` did not
                     together = made
             rates["one at a time"] += [run(single, prompts, names, 8)[1]] if turn else []
     same = [
