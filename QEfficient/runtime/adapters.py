@@ -70,14 +70,13 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
 
 def _held(spec: AdapterSpec, tensor: Array) -> Array:
     """Return a tensor in the type that the program holds it in."""
-    with np.errstate(over="ignore"):
-        held = tensor.astype(spec.held)
-    if not np.isfinite(held).all() and np.isfinite(tensor).all():
+    largest, most = max(tensor.max(), -tensor.min()), float(np.finfo(spec.held).max)
+    if most < largest < np.inf:
         raise AdapterMismatchError(
-            f"{spec.name!r} has values of up to {np.abs(tensor).max():.3g} when it is scaled, and programs hold adapters in {spec.held}, "
-            f"up to {np.finfo(spec.held).max:.3g}; compile with precision fp32, or for the target onnxruntime-plain"
+            f"{spec.name!r} has values of up to {largest:.3g} when it is scaled, and programs hold adapters in {spec.held}, up to {most:.3g}; "
+            "compile with precision fp32, or for the target onnxruntime-plain"
         )
-    return held
+    return tensor.astype(spec.held)
 
 
 def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
