@@ -87,7 +87,7 @@ def find_compiler() -> list[str]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     wanted = f"$CXX is {chosen[0]!r}, which is not there" if chosen else f"none of {', '.join(COMPILERS)} is there"
-    raise UnsupportedError(f"they need a C++ compiler, and {wanted}")
+    raise UnsupportedError(f"they need a C++ compiler, and {wanted}; install one")
 
 
 def build(compiler: Sequence[str], path: Path) -> None:

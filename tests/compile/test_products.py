@@ -137,7 +137,7 @@ def test_without_a_compiler(exported, tmp_path, monkeypatch, caplog):
             compile_graph(made.graph, precision="int8", out=tmp_path)
         assert [r.message for r in caplog.records] == [
             "products run on ONNX Runtime's kernels, not on those made for this CPU: they need a C++ compiler, "
-            "and $CXX is 'no-such-compiler', which is not there"
+            "and $CXX is 'no-such-compiler', which is not there; install one"
         ]
         assert plain != program
         OrtSession(plain).load_adapter("a", made.adapter)

@@ -31,13 +31,13 @@ def test_without_a_compiler(library, anew, monkeypatch):
     """No compiler is a reason, and names what was looked for."""
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "")
-    assert made.why_not() == "they need a C++ compiler, and none of c++, g++, clang++ is there"
+    assert made.why_not() == "they need a C++ compiler, and none of c++, g++, clang++ is there; install one"
 
 
 def test_a_compiler_that_is_not_there(library, anew, monkeypatch):
     """$CXX is taken at its word."""
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
-    assert made.why_not() == "they need a C++ compiler, and $CXX is 'no-such-compiler', which is not there"
+    assert made.why_not() == "they need a C++ compiler, and $CXX is 'no-such-compiler', which is not there; install one"
 
 
 def test_a_compiler_that_fails(library, anew, monkeypatch, tmp_path):
