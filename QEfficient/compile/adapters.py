@@ -146,19 +146,15 @@ def lowered_specs(model: ir.Model, specs: Sequence[AdapterSpec]) -> tuple[Adapte
     """Return ``specs`` with what the passes noted at the inputs of ``model``."""
     notes: dict[str, dict[str, Any]] = {}
     for value in model.graph.inputs:
-        held = {"held": "float16"} if value.dtype == ir.DataType.FLOAT16 else {}
-        notes[str(value.name)] = {
-            **_note(value.metadata_props.get(_PERM, ""), value.metadata_props.get(_SCALED_BY, "")),
-            **held,
-        }
-        for name, perm, scaled_by, columns in json.loads(value.metadata_props.get(_PARTS, "[]")):
-            joined = {"joined": str(value.name), "columns": tuple(columns)}
-            notes[name] = {**_note(perm, scaled_by), **joined, **held}
+        props, held = value.metadata_props, "float16" if value.dtype == ir.DataType.FLOAT16 else ""
+        notes[str(value.name)] = _note(props.get(_PERM, ""), props.get(_SCALED_BY, ""), held)
+        for name, perm, scaled_by, columns in json.loads(props.get(_PARTS, "[]")):
+            notes[name] = {**_note(perm, scaled_by, held), "joined": str(value.name), "columns": tuple(columns)}
     return tuple(replace(spec, **notes.get(spec.name, {"bound": False})) for spec in specs)
 
 
-def _note(perm: str, scaled_by: str) -> dict[str, Any]:
-    return {"perm": tuple(int(i) for i in perm.split(",") if i), "scaled_by": scaled_by}
+def _note(perm: str, scaled_by: str, held: str) -> dict[str, Any]:
+    return {"perm": tuple(int(i) for i in perm.split(",") if i), "scaled_by": scaled_by, "held": held}
 
 
 def _is_passed_through(out: ir.Value) -> bool:

@@ -7,6 +7,7 @@ The weights stay as they are laid out, and are read where the file is mapped. A 
 from collections.abc import Sequence
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from QEfficient.compile.values import CONTRIB, operands, take_over, two_products, used_once
 from QEfficient.kernels.library import DOMAIN
@@ -69,6 +70,8 @@ class AdaptersIntoProducts:
                 if self._fuse(model.graph, node, product, update):
                     changed = True
                     break
+        if changed:
+            common.RemoveUnusedNodesPass()(model)
         return model, changed
 
     def _fuse(self, graph: ir.Graph, add: ir.Node, product: ir.Value, update: ir.Value) -> bool:
@@ -90,9 +93,7 @@ class AdaptersIntoProducts:
         fused = ir.node(OPERATOR, inputs, dict(base.attributes), domain=DOMAIN)
         graph.insert_before(add, fused)
         take_over(add.outputs[0], fused.outputs[0])
-        up = update.producer()
-        down = up.inputs[0].producer() if up is not None and up.inputs[0] is not None else None
-        graph.remove([n for n in (add, base, up, down) if n is not None], safe=True)
+        graph.remove(add, safe=True)
         return True
 
     def _is_matrix(self, value: ir.Value) -> bool:
