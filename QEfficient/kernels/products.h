@@ -23,6 +23,10 @@
 #define HAS_VNNI 0
 #endif
 
+constexpr int64_t kLine = 64;              // bytes of a line of the caches
+constexpr int64_t kNearCache = 24 << 10;   // bytes of the nearest cache that a part of a panel may take
+constexpr int64_t kAhead = 4096;           // bytes between the weights that are multiplied and those that are asked for
+
 struct Weight {
   int64_t rows, columns, block, blocks;  // N, K, weights that share a scale, blocks of a row
   int bits;
@@ -35,7 +39,8 @@ struct Weight {
   int64_t row_zeros() const { return (blocks * bits + 7) / 8; }
 };
 
-// Sums of products, eight lanes of them; `add` takes 32 bytes of weights and as many of activations.
+// Sums of products, eight lanes of them; `add` takes 32 bytes of weights and as many of activations. Lanes begin with what the zero points of
+// unsigned weights take away: `taken` is sum(x) of each lane, times the zero point if that is always the same.
 #if HAS_VNNI
 struct Sum {
   __m256i lanes = _mm256_setzero_si256();
@@ -46,6 +51,8 @@ struct Sum {
     lanes = _mm256_dpbusd_avx_epi32(lanes, w, x);
 #endif
   }
+  void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
+  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }  // both fit into 16 bits
   __m256i total() const { return lanes; }
 };
 using Sum4 = Sum;
@@ -54,11 +61,15 @@ using Sum8 = Sum;
 struct Sum4 {  // of up to 8 additions, each of at most 2 * 15 * 127, in 16 bits
   __m256i lanes = _mm256_setzero_si256();
   void add(__m256i w, __m256i x) { lanes = _mm256_add_epi16(lanes, _mm256_maddubs_epi16(w, x)); }
+  void take(__m256i taken) { lanes = _mm256_sub_epi16(lanes, taken); }
+  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_mullo_epi16(sums, _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16))); }
   __m256i total() const { return _mm256_madd_epi16(lanes, _mm256_set1_epi16(1)); }
 };
 struct Sum8 {  // products of 8-bit numbers do not fit pairwise into 16 bits: both sides are 16 bits wide
   __m256i lanes = _mm256_setzero_si256();
   void add(__m256i w, __m256i x) { lanes = _mm256_add_epi32(lanes, _mm256_madd_epi16(w, x)); }
+  void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
+  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }
   __m256i total() const { return lanes; }
 };
 #endif
@@ -100,7 +111,7 @@ struct Group {
   using Sum = typename Format::Sum;
   static constexpr int kBytes = Bytes, kRegisters = Bytes / 32, kBlocks = std::max(1, Bytes / kBlockBytes), kColumns = Bytes * Format::kColumns;
   static constexpr int kParts = kRegisters * Format::kParts;
-  static constexpr int kPanelBytes = 32 * (kParts + 2);  // of a row of x: the numbers, then for each lane their scale and their sum
+  static constexpr int kPanelBytes = 32 * (kParts + 2);  // of a row of x: the numbers, then for each lane what is taken away and their scale
 
   // The bytes, so that each 32-bit lane holds those of one block, the same in all registers: block_of(lane).
   static void load(const void* p, __m256i* registers) {
@@ -131,7 +142,7 @@ struct Group {
     const __m256 blocks = kBlocks == 4 ? _mm256_castps128_ps256(_mm_loadu_ps(p)) : _mm256_loadu_ps(p);
     return _mm256_permutevar8x32_ps(blocks, blocks_of<1>());
   }
-  static __m256 zeros(const uint8_t* p, int64_t block) {  // of a row, from a block on
+  static __m256i zeros(const uint8_t* p, int64_t block) {  // of a row, from a block on
     constexpr int kBits = Format::kBits;
     p += block * kBits / 8;
     const int skip = static_cast<int>(block * kBits % 8);
@@ -142,11 +153,11 @@ struct Group {
       std::memcpy(&bits, p, (kBlocks * kBits + 11) / 8);
     }
     const __m256i of_lanes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits >> skip)), blocks_of<kBits>());
-    return _mm256_cvtepi32_ps(_mm256_and_si256(of_lanes, _mm256_set1_epi32((1 << kBits) - 1)));
+    return _mm256_and_si256(of_lanes, _mm256_set1_epi32((1 << kBits) - 1));
   }
 
-  // Writes a row's part of a panel.
-  static void place(const int8_t* numbers, const float* scales, uint8_t* out) {
+  // Writes a row's part of a panel, for weights that have zero points of their own or not.
+  static void place(const int8_t* numbers, const float* scales, bool zeros, uint8_t* out) {
     __m256i parts[kParts], ones[Format::kParts];
     for (int c = 0; c < Format::kColumns; ++c) {
       int8_t bytes[Bytes];
@@ -161,8 +172,9 @@ struct Group {
       sum.add(ones[p % Format::kParts], parts[p]);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + p, parts[p]);
     }
-    _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * kParts, spread(scales));
-    _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * kParts + 8, _mm256_cvtepi32_ps(sum.total()));
+    const __m256i taken = zeros ? sum.lanes : Sum::times(sum.lanes, _mm256_set1_epi32(1 << (Format::kBits - 1)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + kParts, taken);
+    _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * (kParts + 1), spread(scales));
   }
 };
 
@@ -188,19 +200,22 @@ struct Layout {
 // Rows of x, (M, K), as 8-bit numbers, in panels of 8, 4 or 1 rows. A panel is read from its beginning to its end: group after group, and in a group
 // row after row.
 struct Rows {
-  std::vector<uint8_t> panels;
+  std::vector<uint8_t> held;
+  uint8_t* panels = nullptr;  // in it, where a line of the cache begins
   int64_t row_bytes = 0;
 
   template <class Layout>
   void resize(int64_t rows, const Weight& w) {
     row_bytes = Layout(w).panel_bytes();
-    panels.resize(rows * row_bytes);
+    held.resize(rows * row_bytes + kLine - 1);
+    panels = held.data() + kLine - 1;
+    panels -= reinterpret_cast<uintptr_t>(panels) % kLine;
   }
 
   // How many rows the panel has that begins at row `m`.
   static int64_t height(int64_t m, int64_t rows) { return rows - m >= 8 ? 8 : rows - m >= 4 ? 4 : 1; }
 
-  const uint8_t* panel(int64_t m) const { return panels.data() + m * row_bytes; }
+  const uint8_t* panel(int64_t m) const { return panels + m * row_bytes; }
 
   template <class Layout>
   void round(const float* x, int64_t row, int64_t rows, const Weight& w) {
@@ -208,7 +223,7 @@ struct Rows {
     const int64_t first = row < of_eight ? row / 8 * 8 : row < of_eight + (rows - of_eight) / 4 * 4 ? of_eight : row;
     const int64_t high = height(first, rows);
     const Layout layout(w);
-    uint8_t* out = panels.data() + first * row_bytes;
+    uint8_t* out = panels + first * row_bytes;
     for (int64_t g = 0; g < layout.wide; ++g) {
       group<typename Layout::Wide>(x, g * Layout::Wide::kColumns, layout.begin(g), w, out + (row - first) * Layout::Wide::kPanelBytes);
       out += high * Layout::Wide::kPanelBytes;
@@ -231,7 +246,7 @@ struct Rows {
       scales[b] = round_block(x + begin, size, numbers + b * kSize);
       std::memset(numbers + b * kSize + size, 0, kSize - size);
     }
-    Group::place(numbers, scales, out);
+    Group::place(numbers, scales, w.zeros != nullptr, out);
   }
 
   // Returns what the numbers are to be multiplied by.
@@ -252,7 +267,7 @@ struct Rows {
 };
 
 // Adds to the totals of M rows of x what a group of weights gives. `scales` and `zeros` are a row's, `block` is the group's first. The weights
-// needed soon are `ahead` bytes further on, their scales `scales_ahead` floats.
+// to be asked for are `ahead` bytes further on, their scales `scales_ahead` floats.
 template <class Group, int M, bool kZeros>
 inline void add_group(const uint8_t* weights, const float* scales, const uint8_t* zeros, int64_t block, int64_t ahead, int64_t scales_ahead,
                       const uint8_t* panel, __m256* totals) {
@@ -261,19 +276,24 @@ inline void add_group(const uint8_t* weights, const float* scales, const uint8_t
 #pragma GCC unroll 4
   for (int i = 0; i < Group::kRegisters; ++i) Group::Format::weights(registers[i], parts + i * Group::Format::kParts);
 #pragma GCC unroll 2
-  for (int i = 0; i < Group::kBytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(weights + ahead + i), _MM_HINT_T0);
+  for (int i = 0; i < Group::kBytes; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(weights + ahead + i), _MM_HINT_T0);
   if (Group::kBlocks >= 4)  // otherwise a line of scales lasts long
     _mm_prefetch(reinterpret_cast<const char*>(scales + block + scales_ahead), _MM_HINT_T0);
-  const __m256 scale = Group::spread(scales + block), zero = kZeros ? Group::zeros(zeros, block) : _mm256_set1_ps(1 << (Group::Format::kBits - 1));
+  const __m256 scale = Group::spread(scales + block);
+  const __m256i zero = kZeros ? Group::zeros(zeros, block) : _mm256_setzero_si256();
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
+    const auto* x = reinterpret_cast<const __m256i*>(panel + m * Group::kPanelBytes);
     typename Group::Sum sum;
 #pragma GCC unroll 8
-    for (int i = 0; i < Group::kParts; ++i) sum.add(parts[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(panel) + i));
-    const float* of_lanes = reinterpret_cast<const float*>(panel) + 8 * Group::kParts;
-    const __m256 lanes = _mm256_fnmadd_ps(zero, _mm256_loadu_ps(of_lanes + 8), _mm256_cvtepi32_ps(sum.total()));
-    totals[m] = _mm256_fmadd_ps(lanes, _mm256_mul_ps(scale, _mm256_loadu_ps(of_lanes)), totals[m]);
-    panel += Group::kPanelBytes;
+    for (int i = 0; i < Group::kParts; ++i) {
+      sum.add(parts[i], _mm256_load_si256(x + i));
+      if (M > 1) asm("" : "+x"(sum.lanes));  // one after the other: with all products first there are not registers enough for the weights
+    }
+    const __m256i taken = _mm256_load_si256(x + Group::kParts);
+    sum.take(kZeros ? Group::Sum::times(taken, zero) : taken);
+    const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(reinterpret_cast<const float*>(x + Group::kParts + 1)));
+    totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.total()), factor, totals[m]);
   }
 }
 
@@ -283,31 +303,34 @@ inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
   return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
-// y[m, n] for M rows of x and R rows of the weight. All R rows are multiplied by a group of the panel while that is in the nearest cache.
+// y[m, n] for M rows of x and R rows of the weight, which are read as they lie, one after the other: memory is fastest so. Of a panel that does not
+// fit into the nearest cache they are multiplied by a part, then by the next.
 template <class Layout, int M, int R, bool kZeros>
 void tile(const Weight& w, const Rows& x, int64_t m0, int64_t n0, float* y) {
   const Layout layout(w);
   const int64_t row_bytes = layout.row_bytes, blocks = w.blocks, row_zeros = w.zeros ? w.row_zeros() : 0;
-  constexpr int64_t ahead = (M == 1 ? 2 : 1) * R;  // how many rows: they are too short for the processor to see where they lead
-  const uint8_t *panel = x.panel(m0), *data = w.data + n0 * row_bytes, *zeros = w.zeros + n0 * row_zeros;
-  const float* scales = w.scales + n0 * blocks;
+  const int64_t ahead = (kAhead + row_bytes - 1) / row_bytes;  // rows
+  const int64_t parts = std::max<int64_t>(1, (layout.wide * M * Layout::Wide::kPanelBytes + kNearCache - 1) / kNearCache);
   __m256 totals[R * M];
   for (auto& total : totals) total = _mm256_setzero_ps();
-  const auto add = [&](auto group, int64_t g) {
-    const int64_t at = layout.begin(g);
-    const auto add_row = [&](int r) {
-      add_group<decltype(group), M, kZeros>(data + r * row_bytes + at, scales + r * blocks, zeros + r * row_zeros, at / Layout::kBlock,
-                                            ahead * row_bytes, ahead * blocks, panel, totals + r * M);
-    };
-    if constexpr (M == 1 && R == 4) {  // unrolled, the totals stay in registers
-      add_row(0), add_row(1), add_row(2), add_row(3);
-    } else {
-      for (int r = 0; r < R; ++r) add_row(r);  // not unrolled: the compiler would keep more than there are registers for
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t first = layout.wide * part / parts, last = layout.wide * (part + 1) / parts;
+    for (int r = 0; r < R; ++r) {
+      const uint8_t *data = w.data + (n0 + r) * row_bytes, *zeros = w.zeros + (n0 + r) * row_zeros;
+      const uint8_t* panel = x.panel(m0) + first * M * Layout::Wide::kPanelBytes;
+      __m256 sums[M];
+      std::copy_n(totals + r * M, M, sums);
+      const auto add = [&](auto group, int64_t g) {
+        const int64_t at = layout.begin(g);
+        add_group<decltype(group), M, kZeros>(data + at, w.scales + (n0 + r) * blocks, zeros, at / Layout::kBlock, ahead * row_bytes,
+                                              ahead * blocks, panel, sums);
+        panel += M * group.kPanelBytes;
+      };
+      for (int64_t g = first; g < last; ++g) add(typename Layout::Wide(), g);
+      if (layout.narrow && last == layout.wide) add(typename Layout::Narrow(), last);
+      std::copy_n(sums, M, totals + r * M);
     }
-    panel += M * group.kPanelBytes;
-  };
-  for (int64_t g = 0; g < layout.wide; ++g) add(typename Layout::Wide(), g);
-  if (layout.narrow) add(typename Layout::Narrow(), layout.wide);
+  }
   float sums[std::max(4, R * M)];
   for (int i = 0; i < R * M; i += 4) {
     const __m256 none = _mm256_setzero_ps();

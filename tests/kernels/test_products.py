@@ -13,7 +13,7 @@ KINDS = list(itertools.product((4, 8), (32, 64, 128, 256), (False, True)))
 def test_products(library, bits, block_size, zeros):
     """Rows that end within a group or a block, weights in odd numbers, any number of rows: right, and each as it is alone."""
     rng = np.random.default_rng(bits + block_size)
-    for columns, rows in ((1, 3), (31, 1), (200, 9), (417, 5), (896, 16)):
+    for columns, rows in ((1, 3), (31, 1), (200, 9), (417, 5), (896, 16), (3104, 5)):
         weight = Blocks.random(rng, rows, columns, bits=bits, block_size=block_size, zeros=zeros)
         run = session(model(weight), library, threads=2)
         x = rng.standard_normal((14, columns)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (14, 1)).astype(np.float32)
@@ -80,8 +80,9 @@ def test_rows_of_several_tokens(library):
 
 FAULTS = {
     "a bias that is left out": ("products.h", "(w.bias ? w.bias[n0 + r] : 0.f)", "0.f"),
-    "another zero point": ("products.h", "1 << (Group::Format::kBits - 1)", "0"),
+    "another zero point": ("products.h", "1 << (Format::kBits - 1)", "0"),
     "scales of the block before": ("products.h", "Group::spread(scales + block)", "Group::spread(scales + block / 2)"),
+    "a part of a long row that is added twice": ("products.h", "first = layout.wide * part / parts", "first = 0"),
     "a piece for all rows": ("updates.h", "bool used = all;", "bool used = true;"),
     "ranks that are left out": ("updates.h", "to, pieces.ranks, pieces.b", "to, pieces.ranks / 2, pieces.b"),
     "rows that depend on others": (
