@@ -24,44 +24,47 @@ struct Use {
 
 constexpr int64_t kLanes = 8;
 
-// Eight 16-bit floats of a row that ends after `left` of them.
-inline __m256 halves(const uint16_t* p, int64_t left) {
-  if (left >= kLanes) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// Eight numbers of a row that goes on, or ends after `left` of them: looking for the end takes longer than what is computed.
+template <bool kEnds>
+__m256 halves(const uint16_t* p, int64_t left) {
+  if (!kEnds || left >= kLanes) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   alignas(16) uint16_t some[kLanes] = {};
   std::memcpy(some, p, left * sizeof(uint16_t));
   return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
 }
 
-inline void store(float* p, __m256 value, int64_t left) {
-  if (left >= kLanes) return _mm256_storeu_ps(p, value);
-  alignas(32) float some[kLanes];
-  _mm256_store_ps(some, value);
-  std::memcpy(p, some, left * sizeof(float));
-}
-
-inline __m256 load(const float* p, int64_t left) {
-  if (left >= kLanes) return _mm256_loadu_ps(p);
+template <bool kEnds>
+__m256 load(const float* p, int64_t left) {
+  if (!kEnds || left >= kLanes) return _mm256_loadu_ps(p);
   alignas(32) float some[kLanes] = {};
   std::memcpy(some, p, left * sizeof(float));
   return _mm256_load_ps(some);
 }
 
-// y[m][c] = from[m][c] + sum over k of x[m][k] * w[k][c], for M rows and V registers of columns; `left` columns are there.
-template <int M, int V>
+template <bool kEnds>
+void store(float* p, __m256 value, int64_t left) {
+  if (!kEnds || left >= kLanes) return _mm256_storeu_ps(p, value);
+  alignas(32) float some[kLanes];
+  _mm256_store_ps(some, value);
+  std::memcpy(p, some, left * sizeof(float));
+}
+
+// y[m][c] += sum over k of x[m][k] * w[k][c], for M rows and V registers of columns, of which `left` columns are there.
+template <int M, int V, bool kEnds>
 void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t left, float* const* y) {
   __m256 totals[M][V];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) totals[m][v] = load(y[m] + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) totals[m][v] = load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
   for (int64_t k = 0; k < depth; ++k, w += stride) {
     __m256 parts[V];
-    for (int v = 0; v < V; ++v) parts[v] = halves(w + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) parts[v] = halves<kEnds>(w + v * kLanes, left - v * kLanes);
     for (int m = 0; m < M; ++m) {
       const __m256 each = _mm256_broadcast_ss(x[m] + k);
       for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
     }
   }
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store(y[m] + v * kLanes, totals[m][v], left - v * kLanes);
+    for (int v = 0; v < V; ++v) store<kEnds>(y[m] + v * kLanes, totals[m][v], left - v * kLanes);
 }
 
 // The same for any number of columns.
@@ -73,16 +76,37 @@ void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t
     for (int m = 0; m < M; ++m) at[m] = y[m] + c;
     const int64_t left = columns - c;
     if (left >= kWide * kLanes) {
-      accumulate<M, kWide>(x, depth, w + c, stride, left, at);
+      accumulate<M, kWide, false>(x, depth, w + c, stride, left, at);
       c += kWide * kLanes;
-    } else if (left > kLanes) {
-      accumulate<M, 2>(x, depth, w + c, stride, left, at);
+    } else if (left >= 2 * kLanes) {
+      accumulate<M, 2, false>(x, depth, w + c, stride, left, at);
       c += 2 * kLanes;
     } else {
-      accumulate<M, 1>(x, depth, w + c, stride, left, at);
+      accumulate<M, 1, true>(x, depth, w + c, stride, left, at);
       c += kLanes;
     }
   }
+}
+
+// The same for one row of x and a few rows of w, which are read on and on: they are far from each other in memory.
+template <int Depth, bool kEnds>
+void accumulate_along(const float* x, const uint16_t* w, int64_t stride, int64_t columns, float* y) {
+  __m256 each[Depth];
+  for (int k = 0; k < Depth; ++k) each[k] = _mm256_broadcast_ss(x + k);
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    __m256 total = load<kEnds>(y + c, columns - c);
+    for (int k = 0; k < Depth; ++k) total = _mm256_fmadd_ps(each[k], halves<kEnds>(w + k * stride + c, columns - c), total);
+    store<kEnds>(y + c, total, columns - c);
+  }
+}
+
+inline void accumulate_along(const float* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns, float* y) {
+  const int64_t whole = columns / kLanes * kLanes;
+  int64_t k = 0;
+  for (; k + 8 <= depth; k += 8) accumulate_along<8, false>(x + k, w + k * stride, stride, whole, y);
+  for (; k < depth; ++k) accumulate_along<1, false>(x + k, w + k * stride, stride, whole, y);
+  if (whole < columns)
+    for (k = 0; k < depth; ++k) accumulate_along<1, true>(x + k, w + k * stride + whole, stride, columns - whole, y + whole);
 }
 
 // Rows of one call and the pieces that they use.
@@ -156,7 +180,10 @@ struct Updates {
     for (; i < first + count; ++i) {
       const float* x[] = {from(i)};
       float* y[] = {to(i)};
-      accumulate<1>(x, depth, w, stride, columns, y);
+      if (stride == columns)
+        accumulate<1>(x, depth, w, stride, columns, y);
+      else
+        accumulate_along(*x, depth, w, stride, columns, *y);
     }
   }
 };
