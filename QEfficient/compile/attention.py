@@ -2,7 +2,8 @@
 """Attention over the cache as one kernel.
 
 The portable graph writes keys and values with ``TensorScatter`` and attends with ``Attention``, which computes over the
-whole cache. ``GroupQueryAttention`` of ONNX Runtime does both in one kernel, and reads only what is filled.
+whole cache. ``GroupQueryAttention`` of ONNX Runtime does both in one kernel, and reads only what is filled. An operator of our own
+(:mod:`QEfficient.kernels`) does the same for single tokens in less time, and leaves calls of several tokens to that kernel.
 """
 
 import numpy as np
@@ -11,7 +12,10 @@ from onnx_ir.passes import common
 
 from QEfficient.compile.masks import UNLIMITED, causal_window
 from QEfficient.compile.values import CONTRIB, new_constant, take_over
+from QEfficient.kernels.library import DOMAIN
 
+KERNEL = "GroupQueryAttention"
+OPERATOR = "CacheAttention"
 _HEADS_LAST = (0, 2, 1, 3)
 
 
@@ -47,6 +51,47 @@ class FuseCacheAttention:
             model.opset_imports.setdefault(CONTRIB, 1)
             common.RemoveUnusedNodesPass()(model)  # masks that nothing reads any more
         return model, changed
+
+
+class OwnAttention:
+    """``GroupQueryAttention`` becomes ``CacheAttention``: caches of 32-bit floats, scores that are not capped."""
+
+    def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
+        """Replace every match in ``model``; return it, and whether there was one."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type != KERNEL or node.domain != CONTRIB:
+                continue
+            softcap = node.attributes.get("softcap")
+            if (softcap is not None and softcap.as_float()) or any(
+                _dtype(v) != ir.DataType.FLOAT for v in node.inputs[3:5]
+            ):
+                continue
+            attributes = {
+                "num_heads": _int(node, "num_heads", 0),
+                "kv_num_heads": _int(node, "kv_num_heads", 0),
+                "scale": node.attributes["scale"].as_float(),
+                "local_window_size": _int(node, "local_window_size", UNLIMITED),
+                "do_rotary": _int(node, "do_rotary", 0),
+            }
+            own = ir.node(OPERATOR, list(node.inputs), attributes, domain=DOMAIN, num_outputs=3)
+            model.graph.insert_before(node, own)
+            for old, new in zip(node.outputs, own.outputs, strict=True):
+                take_over(old, new)
+            model.graph.remove(node, safe=True)
+            changed = True
+        if changed:
+            model.opset_imports.setdefault(DOMAIN, 1)
+        return model, changed
+
+
+def attends(model: ir.Model) -> bool:
+    """Whether a kernel of this module is in ``model``."""
+    return any((n.domain, n.op_type) in {(CONTRIB, KERNEL), (DOMAIN, OPERATOR)} for n in model.graph)
+
+
+def _dtype(value: ir.Value | None) -> ir.DataType | None:
+    return None if value is None else value.dtype
 
 
 def _match(node: ir.Node) -> tuple[ir.Node, ir.Node, int] | None:
@@ -147,7 +192,7 @@ def _replace(
     scale = node.attributes.get("scale")
     softcap = node.attributes.get("softcap")
     fused = ir.node(
-        "GroupQueryAttention",
+        KERNEL,
         [*(nodes[-1].outputs[0] for nodes in before), write_key.inputs[0], write_value.inputs[0], rows, total],
         attributes={
             "num_heads": heads,

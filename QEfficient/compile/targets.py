@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import onnx_ir as ir
 
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
-from QEfficient.compile.attention import FuseCacheAttention
+from QEfficient.compile.attention import FuseCacheAttention, OwnAttention, attends
 from QEfficient.compile.blocks import BITS
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
@@ -21,7 +21,6 @@ from QEfficient.compile.products import AdaptersIntoProducts, OwnProducts
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.transposes import FuseWeightTranspose
-from QEfficient.compile.values import CONTRIB
 from QEfficient.compile.weightfile import files_of, store_weights
 from QEfficient.contract import KERNELS, MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
@@ -129,6 +128,7 @@ class OnnxRuntime:
         if own:
             model, own = OwnProducts().apply(model)
             model, _ = AdaptersIntoProducts(tensors).apply(model)
+            model, _ = OwnAttention().apply(model)
             specs = lowered_specs(model, manifest.adapter)
         pieces = GatherAdapterPieces(tensors)
         if mixed:
@@ -138,10 +138,9 @@ class OnnxRuntime:
         store_weights(model, folder, move_below_bytes=_SMALL_BYTES if changed else 0)
         ir.save(model, folder / MODEL_FILE)
         unused = before - files_of(model)
-        one_row_chunks = any(n.op_type == "GroupQueryAttention" and n.domain == CONTRIB for n in model.graph)
         options: dict[str, Any] = {
             **manifest.options,
-            ONE_ROW_CHUNKS: one_row_chunks,
+            ONE_ROW_CHUNKS: attends(model),
             **({MIXED: pieces.kinds} if pieces.kinds else {}),
             **({KERNELS: sources()} if own else {}),
         }

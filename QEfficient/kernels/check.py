@@ -174,6 +174,125 @@ def wrong_updates(library: Path) -> list[str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """What an attention is made of: heads of queries, heads of keys and values, numbers in each, tokens that a token attends to."""
+
+    queries: int
+    keys: int
+    size: int
+    window: int = -1
+    packed: bool = False
+
+    def draw(self, rng: np.random.Generator, lengths: Sequence[int], places: int, tokens: int = 1) -> dict[str, Array]:
+        """Return inputs for rows whose caches hold ``lengths`` tokens before these."""
+        widths = {"query": self.queries, "key": self.keys, "value": self.keys}
+        made = {n: rng.standard_normal((len(lengths), tokens, w * self.size)) for n, w in widths.items()}
+        if self.packed:
+            made = {"query": np.concatenate([*made.values()], -1)}
+        for name in ("past_key", "past_value"):
+            made[name] = rng.standard_normal((len(lengths), self.keys, places, self.size))
+        angles = np.arange(places)[:, None] / 10 ** (4 * np.arange(self.size // 2) / self.size)
+        made |= {"cos": np.cos(angles), "sin": np.sin(angles)}
+        ends = np.array(lengths) + tokens
+        counts = {"seqlens_k": ends - 1, "total_sequence_length": np.array(ends.max())}
+        return {n: a.astype(np.float32) for n, a in made.items()} | {n: a.astype(np.int32) for n, a in counts.items()}
+
+    def model(self) -> Any:
+        """Return a model of one ``CacheAttention``."""
+        names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length", "cos", "sin"]
+        given = ["" if self.packed and name in {"key", "value"} else name for name in names]
+        attributes: dict[str, Any] = {
+            "num_heads": self.queries,
+            "kv_num_heads": self.keys,
+            "local_window_size": self.window,
+            "scale": self.size**-0.5,
+            "do_rotary": 1,
+        }
+        outputs = ["y", "present_key", "present_value"]
+        integers = {"seqlens_k", "total_sequence_length"}
+        graph = helper.make_graph(
+            [helper.make_node("CacheAttention", given, outputs, domain=DOMAIN, **attributes)],
+            "graph",
+            [
+                helper.make_tensor_value_info(name, TensorProto.INT32 if name in integers else TensorProto.FLOAT, None)
+                for name in given
+                if name
+            ],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+    def attend(self, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
+        """Return what the operator returns, float64: the sums of values ``(B, S, H D)`` and the caches with the tokens in them."""
+        query = feeds["query"].astype(np.float64)
+        keys, values = (feeds[name].astype(np.float64) for name in ("past_key", "past_value"))
+        ends = np.cumsum([self.queries * self.size, self.keys * self.size])
+        query, key, value = np.split(query, ends, -1) if self.packed else (query, feeds["key"], feeds["value"])
+        rows, tokens = query.shape[:2]
+        out = np.zeros((rows, tokens, self.queries, self.size))
+        for b, s in np.ndindex(rows, tokens):
+            at = int(feeds["seqlens_k"][b]) - tokens + 1 + s
+            turned = [self._turn(x[b, s].reshape(-1, self.size), feeds, at) for x in (query, key)]
+            keys[b, :, at], values[b, :, at] = turned[1], value[b, s].reshape(-1, self.size)
+            first = 0 if self.window < 0 else max(0, at + 1 - self.window)
+            for h in range(self.queries):
+                of = h * self.keys // self.queries
+                scores = keys[b, of, first : at + 1] @ turned[0][h] * self.size**-0.5
+                weights = np.exp(scores - scores.max())
+                out[b, s, h] = weights @ values[b, of, first : at + 1] / weights.sum()
+        return out.reshape(rows, tokens, -1), keys, values
+
+    def _turn(self, x: Array, feeds: dict[str, Array], at: int) -> Array:
+        one, other = np.split(x, 2, -1)
+        cos, sin = (feeds[name][at].astype(np.float64) for name in ("cos", "sin"))
+        return np.concatenate([one * cos - other * sin, other * cos + one * sin], -1)
+
+
+def run_in_place(run: onnxruntime.InferenceSession, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """Run an attention on caches that it writes to, as sessions do; return what :meth:`Heads.attend` returns."""
+    own = {name: array.copy() for name, array in feeds.items()}
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in own.items()}
+    binding = run.io_binding()
+    for name, value in values.items():
+        binding.bind_ortvalue_input(name, value)
+    binding.bind_output("y")
+    for kind in ("key", "value"):
+        binding.bind_ortvalue_output(f"present_{kind}", values[f"past_{kind}"])
+    run.run_with_iobinding(binding)
+    return binding.copy_outputs_to_cpu()[0], own["past_key"], own["past_value"]
+
+
+ATTENTIONS = (
+    (Heads(14, 2, 64, packed=True), (0, 30, 1100), 1),
+    (Heads(4, 4, 80), (511, 512), 1),
+    (Heads(3, 1, 16, window=100), (99, 700, 5), 1),
+    (Heads(4, 2, 16), (9,), 5),
+)
+"""Attentions, lengths of the caches of some rows, and tokens of one call."""
+
+
+def wrong_attention(library: Path) -> list[str]:
+    """Return a line for each attention that the library computes wrongly."""
+    found = []
+    rng = np.random.default_rng(2)
+    for heads, lengths, tokens in ATTENTIONS:
+        feeds = heads.draw(rng, lengths, places=1200, tokens=tokens)
+        run = session(heads.model(), library, threads=2)
+        got = run_in_place(run, feeds)
+        off = max(float(np.abs(a - b).max()) for a, b in zip(got, heads.attend(feeds), strict=True))
+        kind = f"{heads.queries} heads of {heads.size} over {heads.keys}, {tokens} tokens behind {lengths}"
+        if not off < TOLERANCE:
+            found.append(f"attention, {kind}: off by {off:.1e}")
+        shared = {"cos", "sin", "total_sequence_length"}
+        for row in range(len(lengths)):
+            alone = run_in_place(run, {n: a if n in shared else a[row : row + 1] for n, a in feeds.items()})
+            if tokens == 1 and not np.array_equal(alone[0][0], got[0][row]):
+                found.append(f"attention, {kind}: a row depends on the rows beside it")
+    return found
+
+
 def pieces(adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16) -> dict[str, Array]:
     """Return the inputs for rows with these adapters ``(A, B)``: cut into pieces, the last of each filled up with zeros."""
     cut_a, cut_b, columns = [], [], []
@@ -186,7 +305,12 @@ def pieces(adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16
     return {"a": np.stack(cut_a), "b": np.stack(cut_b), "places": np.stack(columns, -1)[:, None].astype(np.float32)}
 
 
+def wrong(library: Path) -> list[str]:
+    """Return a line for each thing that the library computes wrongly."""
+    return [*wrong_products(library), *wrong_updates(library), *wrong_attention(library)]
+
+
 if __name__ == "__main__":
-    wrong = [*wrong_products(Path(sys.argv[1])), *wrong_updates(Path(sys.argv[1]))]
-    print("; ".join(wrong))  # noqa: T201 - this is a command
-    sys.exit(bool(wrong))
+    lines = wrong(Path(sys.argv[1]))
+    print("; ".join(lines))  # noqa: T201 - this is a command
+    sys.exit(bool(lines))

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "attention.h"
 #include "ort_abi.h"
 #include "products.h"
 #include "updates.h"
@@ -23,8 +24,8 @@ struct Tensor {
   const T* as() const {
     return static_cast<const T*>(data);
   }
+  const OrtValue* value = nullptr;
   OrtStatus* read(const OrtKernelContext* context, size_t place, bool with_shape) {
-    const OrtValue* value = nullptr;
     if (auto* error = api.input(context, place, &value)) return error;
     if (!value) return nullptr;
     void* start = nullptr;
@@ -159,22 +160,28 @@ OrtStatus* create(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, 
   return nullptr;
 }
 
-OrtCustomOp block_product() {
+// What all operators have in common.
+OrtCustomOp common() {
   OrtCustomOp op{};
   op.version = kApiVersion;
-  op.GetName = [](const OrtCustomOp*) { return "BlockProduct"; };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
+  op.GetOutputType = [](const OrtCustomOp*, size_t) { return kFloat; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
+  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
+  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
+  return op;
+}
+
+OrtCustomOp block_product() {
+  OrtCustomOp op = common();
+  op.GetName = [](const OrtCustomOp*) { return "BlockProduct"; };
   op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) {
     return i == kData || i == kZeros ? kUint8 : i == kA || i == kB ? kFloat16 : kFloat;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i < 3 ? kRequired : kOptional; };
-  op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.GetOutputType = [](const OrtCustomOp*, size_t) { return kFloat; };
-  op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
-  op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
-  op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
   op.CreateKernelV2 = create;
   op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
     return static_cast<BlockProduct*>(kernel)->compute(context);
@@ -183,14 +190,134 @@ OrtCustomOp block_product() {
   return op;
 }
 
+// CacheAttention(query, key?, value?, past_key, past_value, seqlens_k, total_sequence_length, cos?, sin?) -> (y, present_key, present_value): what
+// ONNX Runtime's GroupQueryAttention does, by its attributes. It computes calls of several tokens, too; those of one token go by attention.h.
+struct CacheAttention {
+  enum Input { kQuery, kKey, kValue, kPastKey, kPastValue, kLast, kTotal, kCos, kSin, kInputs };
+  enum Output { kY, kPresentKey, kPresentValue, kOutputs };
+
+  int64_t heads = 0, kv_heads = 0, window = 0, rotary = 0;
+  float scale = 0;
+  OrtOp* chunks = nullptr;
+
+  ~CacheAttention() {
+    if (chunks) api.release(chunks);
+  }
+
+  OrtStatus* create(const OrtKernelInfo* info) {
+    const int64_t none = 0;
+    std::vector<OrtOpAttr*> made;
+    OrtStatus* error = nullptr;
+    const auto pass_on = [&](const char* name, const void* value, AttributeType type) {
+      if (error) return;
+      OrtOpAttr* attribute = nullptr;
+      error = api.create_attribute(name, value, type, &attribute);
+      if (!error) made.push_back(attribute);
+    };
+    for (auto [name, out] :
+         {std::pair{"num_heads", &heads}, {"kv_num_heads", &kv_heads}, {"local_window_size", &window}, {"do_rotary", &rotary}}) {
+      if (!error) error = api.attribute(info, name, out);
+      pass_on(name, out, kInt);
+    }
+    if (!error) error = api.attribute(info, "scale", &scale);
+    pass_on("scale", &scale, kReal);
+    pass_on("rotary_interleaved", &none, kInt);
+    if (!error && (kv_heads < 1 || heads < 1 || heads % kv_heads))
+      error = api.status(kInvalidArgument, "CacheAttention: num_heads is not a multiple of kv_num_heads");
+    const char* types[] = {"T", "T_CACHE", "T_KV_SCALE", "M"};
+    const ElementType of_types[] = {kFloat, kFloat, kFloat, kInt32};
+    if (!error)
+      error = api.create_kernel(info, "GroupQueryAttention", "com.microsoft", 1, types, of_types, 4, made.data(), static_cast<int>(made.size()),
+                                kInputs, kOutputs, &chunks);
+    for (auto* attribute : made) api.release(attribute);
+    return error;
+  }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor in[kInputs];
+    for (size_t i = 0; i < kInputs; ++i)
+      if (auto* error = in[i].read(context, i, i != kTotal)) return error;
+    const Tensor &query = in[kQuery], &past = in[kPastKey];
+    if (query.rank != 3 || past.rank != 4 || past.dims[1] != kv_heads || past.dims[0] != query.dims[0])
+      return api.status(kInvalidArgument, "CacheAttention: the query and the cache do not fit");
+    const int64_t rows = query.dims[0], tokens = query.dims[1], size = past.dims[3];
+    const bool packed = !in[kKey].data;
+    if (query.dims[2] != (packed ? heads + 2 * kv_heads : heads) * size)
+      return api.status(kInvalidArgument, "CacheAttention: the last dimension of the query does not fit the heads");
+
+    OrtValue* out[kOutputs] = {};
+    void* to[kOutputs] = {};
+    const int64_t dims[] = {rows, tokens, heads * size};
+    if (auto* error = api.output(context, kY, dims, 3, &out[kY])) return error;
+    for (size_t i : {kPresentKey, kPresentValue})
+      if (auto* error = api.output(context, i, past.dims, 4, &out[i])) return error;
+    for (size_t i = 0; i < kOutputs; ++i)
+      if (auto* error = api.data(out[i], &to[i])) return error;
+
+    const bool in_place = to[kPresentKey] == past.data && to[kPresentValue] == in[kPastValue].data;
+    if (tokens != 1 || !in_place || size % Attention::kLanes) {
+      const OrtValue* values[kInputs];
+      for (size_t i = 0; i < kInputs; ++i) values[i] = in[i].value;
+      return api.run_kernel(context, chunks, values, kInputs, out, kOutputs);
+    }
+    thread_local Attention call;
+    call.rows = rows, call.heads = heads, call.kv_heads = kv_heads, call.size = size, call.places = past.dims[2];
+    call.window = window, call.scale = scale;
+    call.query = query.as<float>();
+    call.key = packed ? call.query + heads * size : in[kKey].as<float>();
+    call.value = packed ? call.key + kv_heads * size : in[kValue].as<float>();
+    call.query_stride = query.dims[2];
+    call.key_stride = packed ? query.dims[2] : kv_heads * size;
+    call.keys = static_cast<float*>(to[kPresentKey]), call.values = static_cast<float*>(to[kPresentValue]);
+    call.last = in[kLast].as<int32_t>();
+    call.cos = rotary ? in[kCos].as<float>() : nullptr, call.sin = rotary ? in[kSin].as<float>() : nullptr;
+    call.turned = call.cos ? 2 * in[kCos].dims[1] : 0;
+    call.y = static_cast<float*>(to[kY]);
+    for (int64_t b = 0; b < rows; ++b)
+      if (call.last[b] < 0 || call.last[b] >= call.places || (call.cos && call.last[b] >= in[kCos].dims[0]))
+        return api.status(kInvalidArgument, "CacheAttention: a row's length does not fit the cache");
+    call.begin();
+    const auto part = [](void* data, size_t i) { static_cast<Attention*>(data)->attend(static_cast<int64_t>(i)); };
+    if (auto* error = api.parallel_for(context, part, call.parts.size(), 0, &call)) return error;
+    call.end();
+    return nullptr;
+  }
+};
+
+OrtStatus* create_attention(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
+  auto* made = new CacheAttention;
+  if (auto* error = made->create(info)) {
+    delete made;
+    return error;
+  }
+  *kernel = made;
+  return nullptr;
+}
+
+OrtCustomOp cache_attention() {
+  OrtCustomOp op = common();
+  op.GetName = [](const OrtCustomOp*) { return "CacheAttention"; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return CacheAttention::kInputs; };
+  op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == CacheAttention::kLast || i == CacheAttention::kTotal ? kInt32 : kFloat; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
+    return i == CacheAttention::kKey || i == CacheAttention::kValue || i > CacheAttention::kTotal ? kOptional : kRequired;
+  };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return CacheAttention::kOutputs; };
+  op.CreateKernelV2 = create_attention;
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) { return static_cast<CacheAttention*>(kernel)->compute(context); };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<CacheAttention*>(kernel); };
+  return op;
+}
+
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp op = block_product();
+  static const OrtCustomOp ops[] = {block_product(), cache_attention()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is
   if (auto* error = api.create_domain("QEfficient", &domain)) return error;
-  if (auto* error = api.add_op(domain, &op)) return error;
+  for (const OrtCustomOp& op : ops)
+    if (auto* error = api.add_op(domain, &op)) return error;
   return api.add_domain(options, domain);
 }

@@ -17,8 +17,11 @@ struct OrtTensorTypeAndShapeInfo;
 struct OrtCustomOpDomain;
 struct OrtSessionOptions;
 struct OrtApi;
+struct OrtOp;
+struct OrtOpAttr;
 
-enum ElementType { kFloat = 1, kUint8 = 2, kFloat16 = 10 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt32 = 6, kFloat16 = 10 };
+enum AttributeType { kInt = 1, kReal = 3 };
 enum Presence { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
 
@@ -43,12 +46,28 @@ struct Api {
   OrtStatus* rank(const OrtTensorTypeAndShapeInfo* info, size_t* out) const { return call<61>(info, out); }
   OrtStatus* dims(const OrtTensorTypeAndShapeInfo* info, int64_t* out, size_t n) const { return call<62>(info, out, n); }
   OrtStatus* shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) const { return call<65>(value, out); }
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, float* out) const { return call<85>(info, name, out); }
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* out) const { return call<86>(info, name, out); }
   OrtStatus* input(const OrtKernelContext* c, size_t i, const OrtValue** out) const { return call<90>(c, i, out); }
   OrtStatus* output(OrtKernelContext* c, size_t i, const int64_t* dims, size_t n, OrtValue** out) const {
     return call<91>(c, i, dims, n, out);
   }
   void release(OrtTensorTypeAndShapeInfo* info) const { reinterpret_cast<void (*const*)(void*)>(table)[99](info); }
+  OrtStatus* create_attribute(const char* name, const void* value, AttributeType type, OrtOpAttr** out) const {
+    return call<211>(name, value, 1, type, out);
+  }
+  void release(OrtOpAttr* attribute) const { reinterpret_cast<void (*const*)(void*)>(table)[212](attribute); }
+  // Makes one of ONNX Runtime's own kernels, chosen by the types of its inputs.
+  OrtStatus* create_kernel(const OrtKernelInfo* info, const char* name, const char* domain, int version, const char** types,
+                           const ElementType* of_types, int type_count, const OrtOpAttr* const* attributes, int attribute_count, int inputs,
+                           int outputs, OrtOp** out) const {
+    return call<213>(info, name, domain, version, types, of_types, type_count, attributes, attribute_count, inputs, outputs, out);
+  }
+  OrtStatus* run_kernel(const OrtKernelContext* c, const OrtOp* kernel, const OrtValue* const* inputs, int input_count, OrtValue* const* outputs,
+                        int output_count) const {
+    return call<214>(c, kernel, inputs, input_count, outputs, output_count);
+  }
+  void release(OrtOp* kernel) const { reinterpret_cast<void (*const*)(void*)>(table)[215](kernel); }
   // Calls fn(data, i) for i in [0, total) on the session's threads, in `batches` consecutive pieces (0: one for each thread).
   OrtStatus* parallel_for(const OrtKernelContext* c, void (*fn)(void*, size_t), size_t total, size_t batches, void* data) const {
     return call<274>(c, fn, total, batches, data);

@@ -14,9 +14,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from transformers import Gemma2Config
 
 from QEfficient.compile.adapters import lowered_specs
+from QEfficient.compile.attention import attends
 from QEfficient.compile.weightfile import store_weights
-from QEfficient.contract import MODEL_FILE, ONE_ROW_CHUNKS, Manifest
+from QEfficient.contract import KERNELS, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.export.torch_to_onnx import export_graph
+from QEfficient.kernels.library import DOMAIN, sources
 from QEfficient.runtime.prefill import prefill
 from QEfficient.runtime.session import OrtSession
 from QEfficient.store import link_or_copy
@@ -54,9 +56,9 @@ class Exported:
                 link_or_copy(self.graph / name, folder / name)
         store_weights(model, folder)
         ir.save(model, folder / MODEL_FILE)
-        one_row = any(n.op_type == "GroupQueryAttention" for n in model.graph)
+        own = {KERNELS: sources()} if any(n.domain == DOMAIN for n in model.graph) else {}
         specs = lowered_specs(model, manifest.adapter)
-        replace(manifest, adapter=specs, files={}, options={ONE_ROW_CHUNKS: one_row}).write(folder)
+        replace(manifest, adapter=specs, files={}, options={ONE_ROW_CHUNKS: attends(model), **own}).write(folder)
         session = OrtSession(folder, threads=1)
         session.load_adapter("a", self.adapter)
         session.set_adapter("a")

@@ -5,8 +5,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from QEfficient.compile.attention import FuseCacheAttention
+from QEfficient.compile.attention import FuseCacheAttention, OwnAttention
 from QEfficient.compile.masks import UNLIMITED, causal_window
+from QEfficient.compile.rotary import RotaryIntoAttention
+from QEfficient.kernels import library
 
 # One kernel adds in another order than the other; float32 sums of these sizes differ by about 1e-6 of logits near 10.
 TOLERANCE = 5e-5
@@ -33,6 +35,34 @@ def test_same_logits(exported, trace, tmp_path, style):
     assert not {"Attention", "TensorScatter"} & set(operators)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("style", "positions"), [("llama", 64), ("llama", 0), ("mistral", 64), ("qwen3", 64), ("gpt2", 64)]
+)
+def test_our_operator(exported, trace, tmp_path, style, positions):
+    """Single tokens of rows of different lengths, rotated in the kernel or before, give the same logits in our operator."""
+    if reason := library.why_not():
+        pytest.skip(f"this machine has no kernels: {reason}")
+    made = exported(style)
+    before = trace(made.session(made.load(), tmp_path / "before"))
+    model = RotaryIntoAttention(positions).apply(FuseCacheAttention().apply(made.load())[0])[0]
+    model, changed = OwnAttention().apply(model)
+    after = trace(made.session(model, tmp_path / "after"))
+    assert changed
+    operators = _operators(model)
+    assert operators["CacheAttention"] == 2
+    assert operators["GroupQueryAttention"] == 0
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+    assert OwnAttention().apply(model)[1] is False
+
+
+def test_capped_scores_are_left_alone(exported):
+    """Our operator caps no scores."""
+    model, changed = OwnAttention().apply(FuseCacheAttention().apply(exported("softcapped").load())[0])
+    assert not changed
+    assert _operators(model)["GroupQueryAttention"] == 2
 
 
 def test_inputs_and_outputs_stay(exported):

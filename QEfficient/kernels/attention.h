@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: BSD-3-Clause
+// Attention of one token of each row over the row's cache.
+//
+// All query heads that share keys and values are computed together, so each is read from memory once. Long caches are cut into parts at fixed places:
+// a row's result depends neither on the rows beside it nor on the number of threads.
+#pragma once
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+// e^x, within 2 units in the last place; 0 is about 1e-38, NaN stays NaN.
+inline __m256 exponential(__m256 x) {
+  x = _mm256_min_ps(_mm256_set1_ps(88.f), _mm256_max_ps(_mm256_set1_ps(-87.f), x));  // in this order, NaN remains
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // log 2 in two parts
+  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);
+  __m256 p = _mm256_set1_ps(1.9875691500e-4f);  // Cephes, expf
+  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm256_fmadd_ps(p, x, _mm256_set1_ps(next));
+  p = _mm256_fmadd_ps(p, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1.f)));
+  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
+}
+
+// One call. Sizes: B rows, H heads of queries and G of keys and values, D numbers in each, L places in the cache, R of each head that are turned.
+struct Attention {
+  int64_t rows, heads, kv_heads, size, places, turned;
+  int64_t window;  // tokens that a token attends to, itself included; negative: all
+  float scale;
+  const float *query, *key, *value;  // (B, H D) and (B, G D)
+  int64_t query_stride, key_stride;  // numbers from one row to the next
+  float *keys, *values;              // (B, G, L, D), the cache
+  const int32_t* last;               // (B,) the place of the token
+  const float *cos, *sin;            // (positions, R / 2), or null
+  float* y;                          // (B, H D)
+
+  // Some places of the cache of a row's head.
+  struct Part {
+    int64_t row, head, first, count;
+  };
+  static constexpr int64_t kPart = 512, kBlock = 32, kAhead = 16, kLanes = 8;
+  std::vector<Part> parts;
+  std::vector<float> sums;  // (parts, H / G, D + 2): each head's sum of values, then its largest score and the sum of the weights
+
+  int64_t group() const { return heads / kv_heads; }
+  float* sums_of(int64_t part) { return sums.data() + part * group() * (size + 2); }
+
+  // Writes the token's keys and values into the cache and cuts it into parts.
+  void begin() {
+    parts.clear();
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t g = 0; g < kv_heads; ++g) {
+        const int64_t at = ((b * kv_heads + g) * places + last[b]) * size, end = last[b] + 1;
+        turn(key + b * key_stride + g * size, last[b], 1.f, keys + at);
+        std::copy_n(value + b * key_stride + g * size, size, values + at);
+        for (int64_t i = window < 0 ? 0 : std::max<int64_t>(0, end - window); i < end;) {
+          const int64_t next = std::min(end, (i / kPart + 1) * kPart);
+          parts.push_back({b, g, i, next - i});
+          i = next;
+        }
+      }
+    sums.resize(parts.size() * group() * (size + 2));
+  }
+
+  void attend(int64_t i) {
+    const Part& part = parts[i];
+    const int64_t count = (part.count + kLanes - 1) / kLanes * kLanes;
+    thread_local std::vector<float> queries, scores;
+    queries.resize(group() * size);
+    scores.resize(group() * count);
+    const int64_t from = ((part.row * kv_heads + part.head) * places + part.first) * size;
+    for (int64_t h = 0; h < group(); ++h)
+      turn(query + part.row * query_stride + (part.head * group() + h) * size, last[part.row], scale, queries.data() + h * size);
+    for (int64_t k = 0; k < part.count; k += 4) {
+      ask(keys + from + (k + kAhead) * size, 4 * size);
+      in_pairs([&](auto pair, int64_t h) {
+        four_scores<pair()>(queries.data() + h * size, keys + from + k * size, part.count - k, scores.data() + h * count + k, count);
+      });
+    }
+    float* out = sums_of(i);
+    for (int64_t h = 0; h < group(); ++h) weigh(scores.data() + h * count, part.count, out + h * (size + 2) + size);
+    for (int64_t h = 0; h < group(); ++h) std::fill_n(out + h * (size + 2), size, 0.f);
+    for (int64_t k = 0; k < part.count; k += kBlock) {
+      ask(values + from + (k + kBlock) * size, kBlock * size);
+      in_pairs([&](auto pair, int64_t h) {
+        add_values<pair()>(scores.data() + h * count + k, count, values + from + k * size, std::min(kBlock, part.count - k), out + h * (size + 2));
+      });
+    }
+  }
+
+  // Puts the parts together.
+  void end() {
+    for (size_t i = 0; i < parts.size();) {
+      size_t next = i + 1;
+      while (next < parts.size() && parts[next].row == parts[i].row && parts[next].head == parts[i].head) ++next;
+      for (int64_t h = 0; h < group(); ++h) {
+        const auto of = [&](size_t p) { return sums_of(p) + h * (size + 2); };
+        float largest = of(i)[size], total = 0;
+        for (size_t p = i; p < next; ++p) largest = std::max(largest, of(p)[size]);
+        float* out = y + parts[i].row * heads * size + (parts[i].head * group() + h) * size;
+        std::fill_n(out, size, 0.f);
+        for (size_t p = i; p < next; ++p) {
+          const float weight = std::exp(of(p)[size] - largest);
+          total += weight * of(p)[size + 1];
+          for (int64_t d = 0; d < size; ++d) out[d] += weight * of(p)[d];
+        }
+        for (int64_t d = 0; d < size; ++d) out[d] /= total;
+      }
+      i = next;
+    }
+  }
+
+ private:
+  // Asks for numbers that are needed soon; there may be none.
+  static void ask(const float* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+  }
+
+  // Rotary embedding of one head at a position, halves against halves.
+  void turn(const float* x, int64_t position, float by, float* out) const {
+    const int64_t half = cos ? turned / 2 : 0;
+    for (int64_t i = 0; i < half; ++i) {
+      const float c = cos[position * half + i], s = sin[position * half + i];
+      out[i] = by * (x[i] * c - x[i + half] * s);
+      out[i + half] = by * (x[i + half] * c + x[i] * s);
+    }
+    for (int64_t i = 2 * half; i < size; ++i) out[i] = by * x[i];
+  }
+
+  // Calls `use` with 2 and the first head of each pair, then with 1 and the one that may be left: what is loaded serves both.
+  template <class Use>
+  void in_pairs(Use use) const {
+    int64_t h = 0;
+    for (; h + 2 <= group(); h += 2) use(std::integral_constant<int, 2>(), h);
+    if (h < group()) use(std::integral_constant<int, 1>(), h);
+  }
+
+  // Scores of four keys, of which `left` are there, for P heads; the next head's are `stride` further on.
+  template <int P>
+  void four_scores(const float* q, const float* k, int64_t left, float* out, int64_t stride) const {
+    const float* each[4];
+    for (int64_t i = 0; i < 4; ++i) each[i] = k + std::min(i, left - 1) * size;
+    __m256 totals[P][4];
+    for (auto& of_head : totals)
+      for (auto& total : of_head) total = _mm256_setzero_ps();
+    for (int64_t d = 0; d < size; d += kLanes) {
+      __m256 x[P];
+      for (int p = 0; p < P; ++p) x[p] = _mm256_loadu_ps(q + p * size + d);
+      for (int i = 0; i < 4; ++i) {
+        const __m256 of_key = _mm256_loadu_ps(each[i] + d);
+        for (int p = 0; p < P; ++p) totals[p][i] = _mm256_fmadd_ps(x[p], of_key, totals[p][i]);
+      }
+    }
+    for (int p = 0; p < P; ++p) {
+      const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(totals[p][0], totals[p][1]), _mm256_hadd_ps(totals[p][2], totals[p][3]));
+      _mm_storeu_ps(out + p * stride, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    }
+  }
+
+  // Makes weights of a head's scores; writes the largest score and the weights' sum. What is behind the last weight becomes zero.
+  static void weigh(float* scores, int64_t count, float* out) {
+    float largest = scores[0], total = 0;
+    for (int64_t i = 1; i < count; ++i) largest = std::max(largest, scores[i]);
+    for (int64_t i = 0; i < count; i += kLanes)
+      _mm256_storeu_ps(scores + i, exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + i), _mm256_set1_ps(largest))));
+    for (int64_t i = count; i % kLanes; ++i) scores[i] = 0;
+    for (int64_t i = 0; i < count; ++i) total += scores[i];
+    out[0] = largest;
+    out[1] = total;
+  }
+
+  // out += sum over k of weights[k] * v[k], for P heads; the next head's weights are `stride` further on.
+  template <int P>
+  void add_values(const float* weights, int64_t stride, const float* v, int64_t count, float* out) const {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= size; d += 4 * kLanes) add_values<P, 4>(weights, stride, v + d, count, out + d);
+    for (; d < size; d += kLanes) add_values<P, 1>(weights, stride, v + d, count, out + d);
+  }
+
+  template <int P, int V>
+  void add_values(const float* weights, int64_t stride, const float* v, int64_t count, float* out) const {
+    __m256 totals[P][V];
+    for (int p = 0; p < P; ++p)
+      for (int i = 0; i < V; ++i) totals[p][i] = _mm256_loadu_ps(out + p * (size + 2) + i * kLanes);
+    for (int64_t k = 0; k < count; ++k, v += size) {
+      __m256 parts[V];
+      for (int i = 0; i < V; ++i) parts[i] = _mm256_loadu_ps(v + i * kLanes);
+      for (int p = 0; p < P; ++p) {
+        const __m256 weight = _mm256_broadcast_ss(weights + p * stride + k);
+        for (int i = 0; i < V; ++i) totals[p][i] = _mm256_fmadd_ps(weight, parts[i], totals[p][i]);
+      }
+    }
+    for (int p = 0; p < P; ++p)
+      for (int i = 0; i < V; ++i) _mm256_storeu_ps(out + p * (size + 2) + i * kLanes, totals[p][i]);
+  }
+};
