@@ -25,7 +25,7 @@
 
 constexpr int64_t kLine = 64;              // bytes of a line of the caches
 constexpr int64_t kNearCache = 24 << 10;   // bytes of the nearest cache that a part of a panel may take
-constexpr int64_t kAhead = 4096;           // bytes between the weights that are multiplied and those that are asked for
+constexpr int64_t kAhead = 2048;           // bytes between the weights that are multiplied and those that are asked for
 
 struct Weight {
   int64_t rows, columns, block, blocks;  // N, K, weights that share a scale, blocks of a row
@@ -276,7 +276,7 @@ inline void add_group(const uint8_t* weights, const float* scales, const uint8_t
 #pragma GCC unroll 4
   for (int i = 0; i < Group::kRegisters; ++i) Group::Format::weights(registers[i], parts + i * Group::Format::kParts);
 #pragma GCC unroll 2
-  for (int i = 0; i < Group::kBytes; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(weights + ahead + i), _MM_HINT_T0);
+  for (int i = 0; i < Group::kBytes; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(weights + ahead + i), _MM_HINT_NTA);  // needed once
   if (Group::kBlocks >= 4)  // otherwise a line of scales lasts long
     _mm_prefetch(reinterpret_cast<const char*>(scales + block + scales_ahead), _MM_HINT_T0);
   const __m256 scale = Group::spread(scales + block);
