@@ -43,7 +43,7 @@ struct Attention {
   struct Part {
     int64_t row, head, first, count;
   };
-  static constexpr int64_t kPart = 512, kBlock = 32, kAhead = 16, kLanes = 8;
+  static constexpr int64_t kPart = 512, kBlock = 16, kAhead = 8, kLanes = 8;
   std::vector<Part> parts;
   std::vector<float> sums;  // (parts, H / G, D + 2): each head's sum of values, then its largest score and the sum of the weights
 
@@ -118,7 +118,7 @@ struct Attention {
  private:
   // Asks for numbers that are needed soon; there may be none.
   static void ask(const float* p, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_T0);
+    for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_NTA);
   }
 
   // Rotary embedding of one head at a position, halves against halves.
