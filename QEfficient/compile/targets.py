@@ -127,6 +127,7 @@ class OnnxRuntime:
         own = self._has_kernels(precision)
         if own:
             model, own = OwnProducts().apply(model)
+        if own:  # otherwise there is nothing that the library is needed for
             model, _ = AdaptersIntoProducts(tensors).apply(model)
             model, _ = OwnAttention().apply(model)
             specs = lowered_specs(model, manifest.adapter)

@@ -78,7 +78,7 @@ def test_every_product_and_every_adapter(exported):
 def test_small_blocks_are_left_alone(exported):
     """Blocks of 16 have no kernel of ours, and a program without one needs no library."""
     program = compile_graph(exported("llama").graph, precision="int4", block_size=16)
-    assert _operators(program)["BlockProduct"] == 0
+    assert not {"BlockProduct", "CacheAttention"} & set(_operators(program))
     assert KERNELS not in Manifest.read(program).options
 
 
