@@ -2,7 +2,7 @@
 // Products x W^T with W (N, K) in blocks of 4- or 8-bit numbers, laid out as for ONNX Runtime's MatMulNBits.
 //
 // A row of x is rounded to 8 bits, block by block, and multiplied as integers. Unsigned weights are used as they are stored: what their zero points
-// add to a sum, zero * sum(x), is taken away from it. Several small blocks are multiplied side by side, each in lanes of its own, so that what is to
+// add to a sum, zero * sum(x), is taken away from it, as integers. Several small blocks are multiplied side by side, each in lanes of its own, so that what is to
 // be done once a block is done for all of them at once.
 #pragma once
 #include <immintrin.h>
@@ -23,9 +23,9 @@
 #define HAS_VNNI 0
 #endif
 
-constexpr int64_t kLine = 64;              // bytes of a line of the caches
-constexpr int64_t kNearCache = 24 << 10;   // bytes of the nearest cache that a part of a panel may take
-constexpr int64_t kAhead = 2048;           // bytes between the weights that are multiplied and those that are asked for
+constexpr int64_t kLine = 64;             // bytes of a line of the caches
+constexpr int64_t kNearCache = 24 << 10;  // bytes of the nearest cache that a part of a panel may take
+constexpr int64_t kAhead = 2048;          // bytes between the weights that are multiplied and those that are asked for
 
 struct Weight {
   int64_t rows, columns, block, blocks;  // N, K, weights that share a scale, blocks of a row
@@ -39,8 +39,8 @@ struct Weight {
   int64_t row_zeros() const { return (blocks * bits + 7) / 8; }
 };
 
-// Sums of products, eight lanes of them; `add` takes 32 bytes of weights and as many of activations. Lanes begin with what the zero points of
-// unsigned weights take away: `taken` is sum(x) of each lane, times the zero point if that is always the same.
+// Sums of products, eight lanes of them; `add` takes 32 bytes of weights and as many of activations, `take` what the zero points
+// of unsigned weights add to each lane: its sum(x) `times` the zero point.
 #if HAS_VNNI
 struct Sum {
   __m256i lanes = _mm256_setzero_si256();
