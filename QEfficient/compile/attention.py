@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.masks import UNLIMITED, causal_window
-from QEfficient.compile.values import CONTRIB, new_constant, take_over
+from QEfficient.compile.values import CONTRIB, new_constant, replace_node, take_over
 from QEfficient.kernels.library import DOMAIN
 
 KERNEL = "GroupQueryAttention"
@@ -75,10 +75,7 @@ class OwnAttention:
                 "do_rotary": _int(node, "do_rotary", 0),
             }
             own = ir.node(OPERATOR, list(node.inputs), attributes, domain=DOMAIN, num_outputs=3)
-            model.graph.insert_before(node, own)
-            for old, new in zip(node.outputs, own.outputs, strict=True):
-                take_over(old, new)
-            model.graph.remove(node, safe=True)
+            replace_node(model.graph, node, own)
             changed = True
         if changed:
             model.opset_imports.setdefault(DOMAIN, 1)

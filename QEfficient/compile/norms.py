@@ -14,6 +14,7 @@ from QEfficient.compile.values import (
     constant,
     made_by,
     operands,
+    replace_node,
     same_shape,
     scalar,
     static_dim,
@@ -41,9 +42,7 @@ class FuseRmsNorm:
             x, weight, epsilon = match
             # The operator is ONNX Runtime's, but registered in the standard domain.
             fused = ir.node(NORM, [x, weight], {"axis": -1, "epsilon": epsilon, "stash_type": 1})
-            model.graph.insert_before(node, fused)
-            take_over(node.outputs[0], fused.outputs[0])
-            model.graph.remove(node, safe=True)
+            replace_node(model.graph, node, fused)
             changed = True
         if changed:
             common.RemoveUnusedNodesPass()(model)

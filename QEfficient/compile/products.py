@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.values import CONTRIB, operands, take_over, two_products, used_once
+from QEfficient.compile.values import CONTRIB, operands, replace_node, two_products, used_once
 from QEfficient.kernels.library import DOMAIN
 
 _SAME = ("K", "N", "bits", "block_size")
@@ -37,9 +37,7 @@ class OwnProducts:
                 continue
             inputs = [*node.inputs[:_GROUPS], *node.inputs[_GROUPS + 1 :]]
             own = ir.node(OPERATOR, inputs, {n: node.attributes[n].as_int() for n in _SAME}, domain=DOMAIN)
-            model.graph.insert_before(node, own)
-            take_over(node.outputs[0], own.outputs[0])
-            model.graph.remove(node, safe=True)
+            replace_node(model.graph, node, own)
             changed = True
         if changed:
             model.opset_imports.setdefault(DOMAIN, 1)
@@ -91,9 +89,7 @@ class AdaptersIntoProducts:
             tensor.dtype = ir.DataType.FLOAT16
         inputs = [*base.inputs, *[None] * (ADAPTER - len(base.inputs)), *tensors]
         fused = ir.node(OPERATOR, inputs, dict(base.attributes), domain=DOMAIN)
-        graph.insert_before(add, fused)
-        take_over(add.outputs[0], fused.outputs[0])
-        graph.remove(add, safe=True)
+        replace_node(graph, add, fused)
         return True
 
     def _is_matrix(self, value: ir.Value) -> bool:

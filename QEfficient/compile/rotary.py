@@ -20,8 +20,8 @@ from QEfficient.compile.values import (
     made_by,
     new_constant,
     operands,
+    replace_node,
     static_dim,
-    take_over,
     used_once,
 )
 from QEfficient.contract import POSITION_IDS
@@ -152,10 +152,7 @@ def _replace(
         num_outputs=len(node.outputs),
         name=node.name,
     )
-    graph.insert_before(node, fused)
-    for old, new in zip(node.outputs, fused.outputs, strict=True):
-        take_over(old, new)
-    graph.remove(node, safe=True)
+    replace_node(graph, node, fused)
 
 
 def _evaluate(value: ir.Value | None, positions: Array, known: dict[int, Array | None]) -> Array | None:

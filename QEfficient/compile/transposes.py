@@ -8,7 +8,7 @@ after the other, which takes longer than all else that loading does; its own pro
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.values import CONTRIB, made_by, stored_matrix, take_over
+from QEfficient.compile.values import CONTRIB, made_by, replace_node, stored_matrix
 
 
 class FuseWeightTranspose:
@@ -25,9 +25,7 @@ class FuseWeightTranspose:
             if weight is None:
                 continue
             fused = ir.node("FusedMatMul", [node.inputs[0], weight], {"transB": 1}, domain=CONTRIB)
-            model.graph.insert_before(node, fused)
-            take_over(node.outputs[0], fused.outputs[0])
-            model.graph.remove(node, safe=True)
+            replace_node(model.graph, node, fused)
             changed = True
         if changed:
             model.opset_imports.setdefault(CONTRIB, 1)

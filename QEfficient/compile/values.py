@@ -46,6 +46,14 @@ def take_over(old: ir.Value, new: ir.Value) -> None:
     old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
+def replace_node(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
+    """Put ``new``, with as many outputs, in the place of ``old``."""
+    graph.insert_before(old, new)
+    for before, after in zip(old.outputs, new.outputs, strict=True):
+        take_over(before, after)
+    graph.remove(old, safe=True)
+
+
 def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     """Return the standard operator ``op_type`` that makes ``value``, or ``None`` if something else does."""
     node = value.producer() if value is not None else None

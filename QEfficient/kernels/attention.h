@@ -13,6 +13,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "lanes.h"
+
 // e^x, within 2 units in the last place; 0 is about 1e-38, NaN stays NaN.
 inline __m256 exponential(__m256 x) {
   x = _mm256_min_ps(_mm256_set1_ps(88.f), _mm256_max_ps(_mm256_set1_ps(-87.f), x));  // in this order, NaN remains
@@ -43,12 +45,12 @@ struct Attention {
   struct Part {
     int64_t row, head, first, count;
   };
-  static constexpr int64_t kPart = 512, kBlock = 16, kAhead = 8, kLanes = 8;
+  static constexpr int64_t kPart = 512, kBlock = 16, kAhead = 8;
   std::vector<Part> parts;
   std::vector<float> sums;  // (parts, H / G, D + 2): each head's sum of values, then its largest score and the sum of the weights
 
   int64_t group() const { return heads / kv_heads; }
-  float* sums_of(int64_t part) { return sums.data() + part * group() * (size + 2); }
+  float* sums_at(int64_t part) { return sums.data() + part * group() * (size + 2); }
 
   // Writes the token's keys and values into the cache and cuts it into parts.
   void begin() {
@@ -82,7 +84,7 @@ struct Attention {
         four_scores<pair()>(queries.data() + h * size, keys + from + k * size, part.count - k, scores.data() + h * count + k, count);
       });
     }
-    float* out = sums_of(i);
+    float* out = sums_at(i);
     for (int64_t h = 0; h < group(); ++h) weigh(scores.data() + h * count, part.count, out + h * (size + 2) + size);
     for (int64_t h = 0; h < group(); ++h) std::fill_n(out + h * (size + 2), size, 0.f);
     for (int64_t k = 0; k < part.count; k += kBlock) {
@@ -99,7 +101,7 @@ struct Attention {
       size_t next = i + 1;
       while (next < parts.size() && parts[next].row == parts[i].row && parts[next].head == parts[i].head) ++next;
       for (int64_t h = 0; h < group(); ++h) {
-        const auto of = [&](size_t p) { return sums_of(p) + h * (size + 2); };
+        const auto of = [&](size_t p) { return sums_at(p) + h * (size + 2); };
         float largest = of(i)[size], total = 0;
         for (size_t p = i; p < next; ++p) largest = std::max(largest, of(p)[size]);
         float* out = y + parts[i].row * heads * size + (parts[i].head * group() + h) * size;
@@ -156,10 +158,7 @@ struct Attention {
         for (int p = 0; p < P; ++p) totals[p][i] = _mm256_fmadd_ps(x[p], of_key, totals[p][i]);
       }
     }
-    for (int p = 0; p < P; ++p) {
-      const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(totals[p][0], totals[p][1]), _mm256_hadd_ps(totals[p][2], totals[p][3]));
-      _mm_storeu_ps(out + p * stride, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-    }
+    for (int p = 0; p < P; ++p) _mm_storeu_ps(out + p * stride, sums_of(totals[p][0], totals[p][1], totals[p][2], totals[p][3]));
   }
 
   // Makes weights of a head's scores; writes the largest score and the weights' sum. What is behind the last weight becomes zero.

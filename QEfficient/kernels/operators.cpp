@@ -236,7 +236,7 @@ struct CacheAttention {
   OrtStatus* compute(OrtKernelContext* context) const {
     Tensor in[kInputs];
     for (size_t i = 0; i < kInputs; ++i)
-      if (auto* error = in[i].read(context, i, i != kTotal)) return error;
+      if (auto* error = in[i].read(context, i, i == kQuery || i == kPastKey || i == kCos)) return error;
     const Tensor &query = in[kQuery], &past = in[kPastKey];
     if (query.rank != 3 || past.rank != 4 || past.dims[1] != kv_heads || past.dims[0] != query.dims[0])
       return api.status(kInvalidArgument, "CacheAttention: the query and the cache do not fit");
@@ -255,7 +255,7 @@ struct CacheAttention {
       if (auto* error = api.data(out[i], &to[i])) return error;
 
     const bool in_place = to[kPresentKey] == past.data && to[kPresentValue] == in[kPastValue].data;
-    if (tokens != 1 || !in_place || size % Attention::kLanes) {
+    if (tokens != 1 || !in_place || size % kLanes) {
       const OrtValue* values[kInputs];
       for (size_t i = 0; i < kInputs; ++i) values[i] = in[i].value;
       return api.run_kernel(context, chunks, values, kInputs, out, kOutputs);

@@ -14,6 +14,8 @@
 #include <limits>
 #include <vector>
 
+#include "lanes.h"
+
 #if !defined(__AVX2__) || !defined(__FMA__)
 #error "these kernels need a CPU with AVX2 and FMA"
 #endif
@@ -295,12 +297,6 @@ inline void add_group(const uint8_t* weights, const float* scales, const uint8_t
     const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(reinterpret_cast<const float*>(x + Group::kParts + 1)));
     totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.total()), factor, totals[m]);
   }
-}
-
-// The four sums of the lanes of four registers.
-inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {
-  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
-  return _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1));
 }
 
 // y[m, n] for M rows of x and R rows of the weight, which are read as they lie, one after the other: memory is fastest so. Of a panel that does not

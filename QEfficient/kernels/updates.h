@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "lanes.h"
+
 struct Pieces {
   int64_t count, columns, ranks, rows;  // C, K, p, N
   const uint16_t* a;                    // (C, K, p)
@@ -21,8 +23,6 @@ struct Pieces {
 struct Use {
   int64_t piece, first, count;
 };
-
-constexpr int64_t kLanes = 8;
 
 // Eight numbers of a row that goes on, or ends after `left` of them: looking for the end takes longer than what is computed.
 template <bool kEnds>
