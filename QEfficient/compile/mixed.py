@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.products import ADAPTER, OPERATOR
+from QEfficient.compile.products import adapter_place
 from QEfficient.compile.values import made_by, new_constant, operands, used_once
 from QEfficient.contract import ADAPTER_MASK
 
@@ -164,8 +164,9 @@ class _Rewrite:
     def split(self, pair: _Pair, rows: ir.Value, places: _Places) -> None:
         """Multiply those rows instead of ``x``, and add up what each row gets."""
         if pair.is_own:
-            pair.first.resize_inputs(ADAPTER + 3)
-            pair.first.replace_input_with(ADAPTER + 2, places.mask)
+            place = pair.first.inputs.index(pair.b) + 1
+            pair.first.resize_inputs(place + 1)
+            pair.first.replace_input_with(place, places.mask)
             pair.a.shape = pair.b.shape = None
             return
         pair.first.replace_input_with(0, rows)
@@ -191,8 +192,9 @@ def _pairs(graph: ir.Graph, inputs: Sequence[ir.Value]) -> Iterator[_Pair]:
     """Yield all pairs, in the order of the graph."""
     known = {v for v in inputs if used_once(v) and v.shape is not None and len(v.shape) == 2}
     for first in tuple(graph):
-        if first.op_type == OPERATOR and len(first.inputs) > ADAPTER:
-            x, a, b = first.inputs[0], first.inputs[ADAPTER], first.inputs[ADAPTER + 1]
+        place = adapter_place(first)
+        if place is not None and len(first.inputs) > place:
+            x, a, b = first.inputs[0], first.inputs[place], first.inputs[place + 1]
             if x is not None and a in known and b in known:
                 yield _Pair(first, first, x, a, b, (str(x.name),))
             continue

@@ -21,7 +21,7 @@ from QEfficient.store import link_or_copy, record_file, record_files, verify_fil
 
 PROGRAM_DIR = "program"
 CONFIG_FILE = "qconfig.json"
-FORMAT_VERSION = 10
+FORMAT_VERSION = 11
 """Raised when the passes change what they make of the same graph."""
 
 
@@ -95,12 +95,13 @@ def compile_graph(
     else:
         manifest = replace(manifest, files={name: record_file(graph / name) for name in manifest.files})
     content = manifest.hash if verify else {name: f["xxh3"] for name, f in manifest.files.items()}
-    identity = {"format": FORMAT_VERSION, "graph": content, **options, **chosen.identity(weights)}
+    versions = chosen.identity(weights, graph)
+    identity = {"format": FORMAT_VERSION, "graph": content, **options, **versions}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     folder = (Path(out) if out is not None else graph) / f"qpc-{digest}"
     if not _is_whole(folder / PROGRAM_DIR):
         with written_aside(folder, is_whole=lambda made: _is_whole(made / PROGRAM_DIR)) as aside:
-            _write(graph, manifest, chosen, weights, options, digest, aside)
+            _write(graph, manifest, chosen, weights, options, versions, digest, aside)
     return folder / PROGRAM_DIR
 
 
@@ -110,6 +111,7 @@ def _write(
     target: Target,
     precision: Precision,
     options: dict[str, Any],
+    versions: dict[str, str],
     digest: str,
     aside: Path,
 ) -> None:
@@ -128,7 +130,7 @@ def _write(
         lowered,
         hash=digest,
         files=files,
-        versions={**manifest.versions, **target.identity(precision)},
+        versions={**manifest.versions, **versions},
         options={**lowered.options, **options, "graph": manifest.hash},
     )
     lowered.write(program)

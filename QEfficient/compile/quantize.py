@@ -16,7 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.blocks import BITS, Blocks, count_blocks, dequantize, quantize
-from QEfficient.compile.values import CONTRIB, made_by, new_constant, stored_matrix, take_over, used_once
+from QEfficient.compile.matrices import MatrixUse, embedding, projection, with_bias
+from QEfficient.compile.values import CONTRIB, new_constant, take_over
 from QEfficient.compile.weightfile import read_weight
 from QEfficient.errors import ConfigError
 
@@ -84,7 +85,7 @@ class QuantizeWeights:
         made: dict[tuple[str, bool], _Quantized] = {}
         changed = False
         for node in list(model.graph):
-            match = _projection(node) or _embedding(node)
+            match = projection(node) or embedding(node)
             bits = self.precision.bits(str(match.weight.name)) if match is not None else 0
             if match is None or not bits:
                 continue
@@ -101,14 +102,14 @@ class QuantizeWeights:
         return model, changed
 
     def _check_patterns(self, model: ir.Model) -> None:
-        matches = (_projection(node) or _embedding(node) for node in model.graph)
+        matches = (projection(node) or embedding(node) for node in model.graph)
         names = {str(m.weight.name) for m in matches if m is not None}
         for pattern in self.precision.keep:
             if not any(fnmatch(name, pattern) for name in names):
                 some = ", ".join(sorted(names)[:3])
                 raise ConfigError(f"keep {pattern!r} matches no weight (there are {len(names)}: {some}, …)")
 
-    def _quantized(self, graph: ir.Graph, match: "_Match", bits: int) -> "_Quantized":
+    def _quantized(self, graph: ir.Graph, match: "MatrixUse", bits: int) -> "_Quantized":
         """Return initializers that compute themselves when they are written."""
         weight = _Weight(str(match.weight.name), match.weight.const_value, match.by_column, bits)
         count = count_blocks(match.columns, self.precision.block_size)
@@ -145,32 +146,6 @@ class QuantizeWeights:
             self.errors[weight.name] = {"bits": weight.bits, "error": error}
             self._recent[key] = blocks
         return self._recent[key]
-
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """A node that reads a weight: ``x @ w.T`` (rows are outputs), ``x @ w`` (columns are) or ``w[ids]``."""
-
-    node: ir.Node
-    x: ir.Value
-    weight: ir.Value
-    by_column: bool = False
-    bias: ir.Value | None = None
-    is_embedding: bool = False
-
-    @property
-    def rows(self) -> int:
-        return self._size(1 if self.by_column else 0)
-
-    @property
-    def columns(self) -> int:
-        return self._size(0 if self.by_column else 1)
-
-    def _size(self, axis: int) -> int:
-        tensor = self.weight.const_value
-        if tensor is None:
-            raise ValueError(f"{self.weight.name} has no value")
-        return int(tensor.shape[axis])  # type: ignore[arg-type]
 
 
 @dataclass(eq=False, slots=True)
@@ -212,40 +187,8 @@ class _Quantized:
     bits: int
 
 
-def _projection(node: ir.Node) -> _Match | None:
-    if node.domain or node.op_type not in {"MatMul", "Gemm"} or node.inputs[0] is None:
-        return None
-    weight, by_column, bias = node.inputs[1], True, None
-    if node.op_type == "Gemm":
-        bias = node.inputs[2] if len(node.inputs) > 2 else None
-        settings = {name: a.value for name, a in node.attributes.items()}
-        if settings.get("transA") or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1:
-            return None
-        if bias is not None and (bias.shape is None or len(bias.shape) != 1):
-            return None
-        by_column = not settings.get("transB")
-    transpose = made_by(weight, "Transpose")
-    if transpose is not None and by_column:
-        weight, by_column = transpose.inputs[0], False
-    stored = stored_matrix(weight)
-    return _Match(node, node.inputs[0], stored, by_column, bias) if stored is not None else None
-
-
-def _embedding(node: ir.Node) -> _Match | None:
-    if node.domain or node.op_type != "Gather" or node.inputs[1] is None:
-        return None
-    axis = node.attributes.get("axis")
-    stored = stored_matrix(node.inputs[0])
-    if stored is None or (axis is not None and axis.as_int() != 0):
-        return None
-    return _Match(node, node.inputs[1], stored, is_embedding=True)
-
-
-def _multiply(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Precision) -> None:
-    node, bias, last = match.node, match.bias, match.node
-    add = _bias_add(node.outputs[0], match.rows) if bias is None else None
-    if add is not None:
-        bias, last = add
+def _multiply(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: Precision) -> None:
+    bias, last = with_bias(graph, match)
     inputs: list[ir.Value | None] = [match.x, weight.data, weight.scales, weight.zeros, None, bias]
     while inputs[-1] is None:
         inputs.pop()
@@ -263,23 +206,10 @@ def _multiply(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Pre
     )
     graph.insert_before(last, fused)
     take_over(last.outputs[0], fused.outputs[0])
-    graph.remove([last, node] if last is not node else node, safe=True)
+    graph.remove([last, match.node] if last is not match.node else match.node, safe=True)
 
 
-def _bias_add(product: ir.Value, size: int) -> tuple[ir.Value, ir.Node] | None:
-    """Return the constant vector that is all that happens to ``product`` at first, and the node that adds it."""
-    if not used_once(product):
-        return None
-    add = next(iter(product.uses())).node
-    if add.op_type != "Add" or add.domain:
-        return None
-    bias = next((v for v in add.inputs if v is not product), None)
-    if bias is None or not bias.is_initializer() or bias.shape is None or list(bias.shape) != [size]:
-        return None
-    return (bias, add) if bias.dtype == ir.DataType.FLOAT else None
-
-
-def _gather(graph: ir.Graph, match: _Match, weight: _Quantized, precision: Precision) -> None:
+def _gather(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: Precision) -> None:
     name = f"{weight.data.name}_rows"
     shape = new_constant(graph, f"{name}_shape", np.array([match.rows, match.columns * weight.bits // 8], np.int64))
     rows = ir.node("Reshape", [weight.data, shape])

@@ -17,11 +17,11 @@ from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
 from QEfficient.compile.mixed import GatherAdapterPieces
 from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
-from QEfficient.compile.products import AdaptersIntoProducts, OwnProducts
+from QEfficient.compile.products import AdaptersIntoProducts, OwnFloatProducts, OwnProducts
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.transposes import FuseWeightTranspose
-from QEfficient.compile.weightfile import files_of, store_weights
+from QEfficient.compile.weightfile import files_of, holds_halves, store_weights
 from QEfficient.contract import KERNELS, MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.kernels.cpu import instruction_set
@@ -46,8 +46,13 @@ class Target(Protocol):
     name: str
     precisions: tuple[str, ...]
 
-    def identity(self, precision: Precision) -> dict[str, str]:
-        """Return versions and machine: a program made under another identity is not used."""
+    def identity(self, precision: Precision, graph: Path) -> dict[str, str]:
+        """Return versions and machine: a program made under another identity is not used.
+
+        Args:
+            precision: How the program holds the base's weights.
+            graph: The graph's folder.
+        """
 
     def lower(
         self,
@@ -69,7 +74,7 @@ class Target(Protocol):
 
 
 class OnnxRuntime:
-    """ONNX Runtime on this machine's CPU, with kernels of our own for weights in blocks.
+    """ONNX Runtime on this machine's CPU, with kernels of our own for weights in blocks and in 16-bit floats.
 
     Args:
         name: The target's name.
@@ -82,13 +87,13 @@ class OnnxRuntime:
         self.name = name
         self._own_kernels = own_kernels
 
-    def identity(self, precision: Precision) -> dict[str, str]:
+    def identity(self, precision: Precision, graph: Path) -> dict[str, str]:
         """Return the version of ONNX Runtime, the CPU's instruction set, and the sources of the kernels that are used."""
         versions = {"onnxruntime": importlib.metadata.version("onnxruntime"), "cpu": instruction_set()}
-        return {**versions, KERNELS: sources()} if self._has_kernels(precision) else versions
+        return {**versions, KERNELS: sources()} if self._has_kernels(precision, graph) else versions
 
-    def _has_kernels(self, precision: Precision) -> bool:
-        return self._own_kernels and precision.name in BITS and not _why_no_kernels()
+    def _has_kernels(self, precision: Precision, graph: Path) -> bool:
+        return self._own_kernels and (precision.name in BITS or holds_halves(graph)) and not _why_no_kernels()
 
     def passes(self, manifest: Manifest, *, positions: int) -> tuple[Pass, ...]:
         """Return the rewrites that change no result, in their order; ``positions`` is the longest context, 0 if unknown."""
@@ -124,9 +129,11 @@ class OnnxRuntime:
         model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
         specs = lowered_specs(model, manifest.adapter)
         tensors = [s.joined or s.name for s in specs if s.bound]
-        own = self._has_kernels(precision)
+        own = self._has_kernels(precision, graph)
         if own:
-            model, own = OwnProducts().apply(model)
+            model, in_blocks = OwnProducts().apply(model)
+            model, of_floats = OwnFloatProducts().apply(model)
+            own = in_blocks or of_floats
         if own:  # otherwise there is nothing that the library is needed for
             model, _ = AdaptersIntoProducts(tensors).apply(model)
             model, _ = OwnAttention().apply(model)
@@ -180,7 +187,7 @@ def find_target(name: str, precision: str) -> Target:
     if precision == "bf16" and precision not in target.precisions:
         raise UnsupportedError(
             f"target {name!r} has no precision 'bf16': ONNX Runtime has no bfloat16 matrix product for CPUs. "
-            "A bfloat16 checkpoint runs as fp32; for speed use int8."
+            "A bfloat16 checkpoint runs as fp32: its weights stay as they are, only sums are made in float32. For more speed use int8."
         )
     if precision not in target.precisions:
         raise UnsupportedError(

@@ -21,6 +21,7 @@ _NAMES = {
     ir.DataType.INT64: "I64",
     ir.DataType.INT32: "I32",
 }
+_HALVES = {_NAMES[ir.DataType.FLOAT16], _NAMES[ir.DataType.BFLOAT16]}
 
 
 def store_weights(model: ir.Model, folder: Path, *, move_below_bytes: int = 0) -> None:
@@ -90,3 +91,13 @@ def files_of(model: ir.Model) -> set[str]:
     """Return the names of the files that initializers of ``model`` lie in."""
     tensors = (value.const_value for value in model.graph.initializers.values())
     return {Path(t.location).name for t in tensors if isinstance(t, ir.ExternalTensor)}
+
+
+def holds_halves(folder: Path) -> bool:
+    """Whether the weights of a graph folder have matrices of 16-bit floats."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as f:
+            header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
+        if any(t.get("dtype") in _HALVES and len(t["shape"]) == 2 for t in header.values()):
+            return True
+    return False

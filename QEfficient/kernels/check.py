@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
@@ -40,6 +41,17 @@ class Blocks:
     columns: int
     block_size: int
     bits: int
+
+    operator = "BlockProduct"
+    adapters = np.float16
+
+    def parts(self) -> dict[str, Array | None]:
+        """Return the operator's inputs that make the weight."""
+        return {"data": self.data, "scales": self.scales, "zeros": self.zeros}
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the operator's attributes."""
+        return {"N": len(self.data), "K": self.columns, "bits": self.bits, "block_size": self.block_size}
 
     @classmethod
     def random(
@@ -71,11 +83,41 @@ def _unpacked(packed: Array, bits: int) -> Array:
     return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:-1], -1)
 
 
-def product(x: Array, weight: Blocks, bias: Array | None = None) -> Array:
-    """Return ``x @ weight.T + bias``, float64, with each row of ``x`` ``(M, K)`` rounded to 8 bits in blocks, as the operator does.
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """A weight ``(N, K)`` in 16-bit floats, bfloat16 or float16."""
 
-    The blocks of ``x`` are the weight's, in halves where these take more than 128 bytes.
+    data: Array
+
+    adapters = np.float32
+
+    @property
+    def operator(self) -> str:
+        """The operator that multiplies by it."""
+        return "Float16Product" if self.data.dtype == np.float16 else "Bfloat16Product"
+
+    @property
+    def columns(self) -> int:
+        """``K``."""
+        return int(self.data.shape[1])
+
+    def parts(self) -> dict[str, Array | None]:
+        """Return the operator's inputs that make the weight."""
+        return {"data": self.data}
+
+    def sizes(self) -> dict[str, Any]:
+        """Return the operator's attributes."""
+        return {"N": len(self.data), "K": self.columns}
+
+
+def product(x: Array, weight: Blocks | Floats, bias: Array | None = None) -> Array:
+    """Return ``x @ weight.T + bias``, float64.
+
+    With blocks, each row of ``x`` ``(M, K)`` is rounded to 8 bits in blocks, as the operator does: the weight's, in halves where these
+    take more than 128 bytes.
     """
+    if isinstance(weight, Floats):
+        return x.astype(np.float64) @ weight.data.astype(np.float64).T + (0 if bias is None else bias)
     size = min(weight.block_size, 128 * 8 // weight.bits)
     blocks = -(-weight.columns // size)
     filled = np.zeros((len(x), blocks * size), np.float32)
@@ -97,23 +139,18 @@ def session(made: Any, library: Path, threads: int = 1) -> onnxruntime.Inference
     return onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def model(weight: Blocks, bias: Array | None = None, *, adapters: bool = False) -> Any:
-    """Return a model of one ``BlockProduct``: ``x`` ``(M, K)``, and ``a``, ``b`` and ``places`` if there are adapters, to ``y``."""
-    parts = {"data": weight.data, "scales": weight.scales, "zeros": weight.zeros, "bias": bias}
+def model(weight: "Blocks | Floats", bias: Array | None = None, *, adapters: bool = False) -> Any:
+    """Return a model of one product: ``x`` ``(M, K)``, and ``a``, ``b`` and ``places`` if there are adapters, to ``y``."""
+    parts = {**weight.parts(), "bias": bias}
     names = ["x", *(name if array is not None else "" for name, array in parts.items())]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", weight.columns])]
     if adapters:
         names += ["a", "b", "places"]
-        inputs += [helper.make_tensor_value_info(name, TensorProto.FLOAT16, None) for name in "ab"]
+        held = helper.np_dtype_to_tensor_dtype(np.dtype(weight.adapters))
+        inputs += [helper.make_tensor_value_info(name, held, None) for name in "ab"]
         inputs += [helper.make_tensor_value_info("places", TensorProto.FLOAT, [None, None, None])]
-    sizes: dict[str, Any] = {
-        "N": len(weight.data),
-        "K": weight.columns,
-        "bits": weight.bits,
-        "block_size": weight.block_size,
-    }
     graph = helper.make_graph(
-        [helper.make_node("BlockProduct", names, ["y"], domain=DOMAIN, **sizes)],
+        [helper.make_node(weight.operator, names, ["y"], domain=DOMAIN, **weight.sizes())],
         "graph",
         inputs,
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -142,15 +179,33 @@ def wrong_products(library: Path) -> list[str]:
     return found
 
 
+def wrong_floats(library: Path) -> list[str]:
+    """Return a line for each kind of floats that the library multiplies wrongly, for few rows and for many."""
+    found = []
+    rng, columns = np.random.default_rng(3), 941  # more than a panel is deep, and no multiple of what is loaded at once
+    for held in (ml_dtypes.bfloat16, np.float16):
+        weight = Floats(rng.standard_normal((37, columns)).astype(held))
+        x, bias = (rng.standard_normal(shape).astype(np.float32) for shape in ((29, columns), 37))
+        run = session(model(weight, bias), library, threads=2)
+        for count in (1, 2, 3, 7, 16, 29):
+            got, wanted = run.run(None, {"x": x[:count]})[0], product(x[:count], weight, bias)
+            off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+            if not off < TOLERANCE:
+                found.append(f"{weight.data.dtype}, {count} rows: off by {off:.1e} of the largest value")
+    return found
+
+
 def wrong_updates(library: Path) -> list[str]:
     """Return a line for each way in which the library adds adapters wrongly: one for all rows, and different ones for each."""
     found = []
     rng = np.random.default_rng(1)
-    weight = Blocks.random(rng, 37, 1240, bits=4, block_size=128, zeros=False)
-    run = session(model(weight, adapters=True), library, threads=2)
-    for ranks in ((5, 0, 37), (16, 16, 16), (64, 3, 0)):
+    blocks = Blocks.random(rng, 37, 1240, bits=4, block_size=128, zeros=False)
+    floats = Floats(rng.standard_normal((37, 1240)).astype(ml_dtypes.bfloat16))
+    weights: tuple[Blocks | Floats, ...] = (blocks, floats)
+    for weight, ranks in itertools.product(weights, ((5, 0, 37), (16, 16, 16), (64, 3, 0))):
+        run = session(model(weight, adapters=True), library, threads=2)
         adapters = [
-            tuple(rng.standard_normal(shape).astype(np.float16) for shape in ((1240, r), (r, 37))) for r in ranks
+            tuple(rng.standard_normal(shape).astype(weight.adapters) for shape in ((1240, r), (r, 37))) for r in ranks
         ]
         chosen = rng.integers(0, len(ranks), 11)
         x = rng.standard_normal((11, 1240)).astype(np.float32)
@@ -161,9 +216,12 @@ def wrong_updates(library: Path) -> list[str]:
         got = run.run(None, {"x": x, **pieces(adapters, chosen)})[0]
         off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
         if not off < TOLERANCE:
-            found.append(f"adapters of ranks {ranks} in one call: off by {off:.1e} of the largest value")
+            kind = f"{weight.operator}, adapters of ranks {ranks} in one call"
+            found.append(f"{kind}: off by {off:.1e} of the largest value")
         ones = np.ones((1, 1, 1), np.float32)
-        for of, (a, b) in enumerate(adapters):
+        for of, (a, b) in enumerate(
+            adapters if weight is blocks else ()
+        ):  # products of floats depend on how many rows there are
             rows = np.flatnonzero(chosen == of)
             if a.shape[1] and len(rows):
                 alone = run.run(None, {"x": x[rows], "a": a, "b": b, "places": ones})[0]
@@ -307,7 +365,8 @@ def pieces(adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16
 
 def wrong(library: Path) -> list[str]:
     """Return a line for each thing that the library computes wrongly."""
-    return [*wrong_products(library), *wrong_updates(library), *wrong_attention(library)]
+    checks = (wrong_products, wrong_floats, wrong_updates, wrong_attention)
+    return [line for check in checks for line in check(library)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // The kernels as operators of ONNX Runtime, in the domain "QEfficient".
 #include <algorithm>
+#include <memory>
 #include <thread>
 
 #include "attention.h"
+#include "floats.h"
 #include "ort_abi.h"
 #include "products.h"
 #include "updates.h"
@@ -35,28 +37,85 @@ struct Tensor {
     OrtTensorTypeAndShapeInfo* info = nullptr;
     if (auto* error = api.shape(value, &info)) return error;
     OrtStatus* error = api.rank(info, &rank);
-    if (!error && rank > kMostDims) error = api.status(kInvalidArgument, "BlockProduct: an input has too many dimensions");
+    if (!error && rank > kMostDims) error = api.status(kInvalidArgument, "an input has too many dimensions");
     if (!error) error = api.dims(info, dims, rank);
     api.release(info);
     return error;
   }
 };
 
-enum Input { kX, kData, kScales, kZeros, kBias, kA, kB, kPlaces, kInputs };
+// A product with what adapters add: x (..., K) becomes y (..., N), a (K, r) or (C, 1, K, p) and b (r, N) or (C, 1, p, N) are added as updates.h has it.
+template <class T>
+struct Product {
+  const float* x = nullptr;
+  float* y = nullptr;
+  int64_t count = 0, task = 0;  // rows of x, and how many columns of y a thread makes at once
+  Pieces<T> pieces{};
+  Updates updates;
 
-// BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits and block_size.
-// See products.h for the product, updates.h for what the adapters a (K, r) or (C, 1, K, p) and b (r, N) or (C, 1, p, N), float16, add.
+  static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
+
+  // Reads a call's inputs and makes its output.
+  OrtStatus* open(OrtKernelContext* context, Tensor& in, const Tensor& a, const Tensor& b, const Tensor& places, int64_t columns, int64_t rows) {
+    if (in.rank < 1 || in.dims[in.rank - 1] != columns) return api.status(kInvalidArgument, "a product: the last dimension of x is not K");
+    count = 1;
+    for (size_t i = 0; i + 1 < in.rank; ++i) count *= in.dims[i];
+    pieces = {0, columns, 0, rows, a.as<T>(), b.as<T>()};
+    if (a.data) {
+      pieces.count = a.rank == 4 ? a.dims[0] : 1;
+      pieces.ranks = a.rank >= 2 ? a.dims[a.rank - 1] : 0;
+      const auto fits = [&](const Tensor& t, int64_t high, int64_t wide) {
+        return (t.rank == 2 || (t.rank == 4 && t.dims[0] == pieces.count && t.dims[1] == 1)) && t.dims[t.rank - 2] == high &&
+               t.dims[t.rank - 1] == wide;
+      };
+      if (!fits(a, columns, pieces.ranks) || !fits(b, pieces.ranks, rows))
+        return api.status(kInvalidArgument, "a product: a and b are not (K, r) and (r, N), nor pieces of such");
+      const bool one = !places.data || (pieces.count == 1 && places.rank == 3 && places.dims[0] == 1);
+      if (!one && (places.rank != 3 || places.dims[2] != pieces.count || places.dims[0] < 1 || count % places.dims[0]))
+        return api.status(kInvalidArgument, "a product: places do not fit the rows and the pieces");
+    }
+    in.dims[in.rank - 1] = rows;
+    OrtValue* made = nullptr;
+    if (auto* error = api.output(context, 0, in.dims, in.rank, &made)) return error;
+    void* to = nullptr;
+    if (auto* error = api.data(made, &to)) return error;
+    x = in.as<float>();
+    y = static_cast<float*>(to);
+    updates.find(pieces, count, places.as<float>(), places.dims[0], places.dims[1]);
+    return nullptr;
+  }
+
+  // Some tasks for each core, for one may be slower than another, but long ones, for each begins with weights that nobody asked for.
+  void divide(int64_t row_bytes, int64_t step) {
+    static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    if (pieces.count) step = std::max<int64_t>(step, 64);  // columns of b are whole lines of the cache then
+    const int64_t bytes = std::clamp<int64_t>(pieces.rows * row_bytes / (4 * cores), 1 << 15, 1 << 18);
+    task = std::clamp<int64_t>(bytes / row_bytes / step * step, step, 2048);
+  }
+  int64_t tasks() const { return (pieces.rows + task - 1) / task; }
+
+  // Whether all that is done before the product is too little for several threads; `each` row of x takes so many multiplications for each column.
+  bool is_small(int64_t each) const {
+    return pieces.columns * (each * count + pieces.ranks * static_cast<int64_t>(updates.rows.size())) < kAlone;
+  }
+};
+
+// BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits and block_size: weights in blocks
+// as in products.h, adapters in float16.
 struct BlockProduct {
+  enum Input { kX, kData, kScales, kZeros, kBias, kA, kB, kPlaces, kInputs };
   Weight weight{};
 
-  static constexpr int64_t kAloneProducts = 1 << 15;
-
-  // How many columns of y a thread makes at once, a multiple of `step`: some tasks for each core, for one may be slower than another, but long ones,
-  // for each begins with weights that nobody asked for.
-  static int64_t task_of(const Weight& w, int64_t step) {
-    static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-    const int64_t bytes = std::clamp<int64_t>(w.rows * w.row_bytes() / (4 * cores), 1 << 15, 1 << 18);
-    return std::clamp<int64_t>(bytes / w.row_bytes() / step * step, step, 2048);
+  OrtStatus* create(const OrtKernelInfo* info) {
+    int64_t bits = 0;
+    Weight& w = weight;
+    for (auto [name, out] : {std::pair{"N", &w.rows}, {"K", &w.columns}, {"block_size", &w.block}, {"bits", &bits}})
+      if (auto* error = api.attribute(info, name, out)) return error;
+    w.bits = static_cast<int>(bits);
+    if (w.rows < 1 || w.columns < 1 || (bits != 4 && bits != 8) || w.block < 32 || w.block > 256 || w.block & (w.block - 1))
+      return api.status(kInvalidArgument, "BlockProduct: bits must be 4 or 8, block_size 32, 64, 128 or 256, N and K positive");
+    w.blocks = (w.columns + w.block - 1) / w.block;
+    return nullptr;
   }
 
   OrtStatus* compute(OrtKernelContext* context) const {
@@ -68,53 +127,17 @@ struct BlockProduct {
     w.scales = in[kScales].as<float>();
     w.zeros = in[kZeros].as<uint8_t>();
     w.bias = in[kBias].as<float>();
-    Tensor& x = in[kX];
-    if (x.rank < 1 || x.dims[x.rank - 1] != w.columns) return api.status(kInvalidArgument, "BlockProduct: the last dimension of x is not K");
-    int64_t count = 1;
-    for (size_t i = 0; i + 1 < x.rank; ++i) count *= x.dims[i];
-
-    const Tensor &a = in[kA], &b = in[kB], &places = in[kPlaces];
-    Pieces pieces{0, w.columns, 0, w.rows, a.as<uint16_t>(), b.as<uint16_t>()};
-    if (a.data) {
-      pieces.count = a.rank == 4 ? a.dims[0] : 1;
-      pieces.ranks = a.rank >= 2 ? a.dims[a.rank - 1] : 0;
-      const auto fits = [&](const Tensor& t, int64_t high, int64_t wide) {
-        return (t.rank == 2 || (t.rank == 4 && t.dims[0] == pieces.count && t.dims[1] == 1)) && t.dims[t.rank - 2] == high &&
-               t.dims[t.rank - 1] == wide;
-      };
-      if (!fits(a, w.columns, pieces.ranks) || !fits(b, pieces.ranks, w.rows))
-        return api.status(kInvalidArgument, "BlockProduct: a and b are not (K, r) and (r, N), nor pieces of such");
-      const bool one = !places.data || (pieces.count == 1 && places.rank == 3 && places.dims[0] == 1);
-      if (!one && (places.rank != 3 || places.dims[2] != pieces.count || places.dims[0] < 1 || count % places.dims[0]))
-        return api.status(kInvalidArgument, "BlockProduct: places do not fit the rows and the pieces");
-    }
-
-    x.dims[x.rank - 1] = w.rows;
-    OrtValue* made = nullptr;
-    if (auto* failed = api.output(context, 0, x.dims, x.rank, &made)) return failed;
-    void* y = nullptr;
-    if (auto* failed = api.data(made, &y)) return failed;
-    if (count == 0) return nullptr;
-
     thread_local Call call;  // of the calling thread; the session's other threads take parts of it
+    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], w.columns, w.rows)) return error;
+    if (call.count == 0) return nullptr;
     call.weight = &w;
-    call.pieces = pieces;
-    call.x = x.as<float>();
-    call.y = static_cast<float*>(y);
-    call.count = count;
-    call.task = task_of(w, pieces.count ? 64 : 8);  // 64 columns of b are two lines of the cache
-    call.updates.find(pieces, count, places.as<float>(), places.dims[0], places.dims[1]);
+    call.divide(w.row_bytes(), 8);
     return with_layout(w, [&](auto layout) { return call.run<decltype(layout)>(context); });
   }
 
-  struct Call {
+  struct Call : Product<uint16_t> {
     const Weight* weight;
-    Pieces pieces;
-    const float* x;
-    float* y;
-    int64_t count, task;
     Rows rows;
-    Updates updates;
 
     template <class Layout>
     OrtStatus* run(const OrtKernelContext* context) {
@@ -128,7 +151,7 @@ struct BlockProduct {
           c.updates.down(c.pieces, c.updates.jobs[at - c.count], c.x);
       };
       const size_t total = count + updates.jobs.size();
-      if (weight->columns * (8 * count + pieces.ranks * static_cast<int64_t>(updates.rows.size())) < kAloneProducts) {
+      if (is_small(8)) {
         for (size_t i = 0; i < total; ++i) begin(this, i);
       } else if (auto* error = api.parallel_for(context, begin, total, 0, this)) {
         return error;
@@ -140,33 +163,83 @@ struct BlockProduct {
         product<Layout>(*c.weight, c.rows, c.count, first, last, c.y);
         c.updates.up(c.pieces, first, last, c.y);
       };
-      return api.parallel_for(context, part, (weight->rows + task - 1) / task, 0, this);
+      return api.parallel_for(context, part, tasks(), 0, this);
     }
   };
 };
 
-OrtStatus* create(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-  int64_t bits = 0;
-  Weight w{};
-  for (auto [name, out] : {std::pair{"N", &w.rows}, {"K", &w.columns}, {"block_size", &w.block}, {"bits", &bits}})
-    if (auto* error = api.attribute(info, name, out)) return error;
-  w.bits = static_cast<int>(bits);
-  if (w.rows < 1 || w.columns < 1 || (bits != 4 && bits != 8) || w.block < 32 || w.block > 256 || w.block & (w.block - 1))
-    return api.status(kInvalidArgument, "BlockProduct: bits must be 4 or 8, block_size 32, 64, 128 or 256, N and K positive");
-  w.blocks = (w.columns + w.block - 1) / w.block;
-  auto* made = new BlockProduct;
-  made->weight = w;
-  *kernel = made;
-  return nullptr;
-}
+// Bfloat16Product and Float16Product(x float (..., K), data (N, K), bias?, a?, b?, places?) -> (..., N), of the attributes K and N: weights as in floats.h,
+// adapters in float32.
+template <class F>
+struct FloatProduct {
+  enum Input { kX, kData, kBias, kA, kB, kPlaces, kInputs };
+  FloatWeight weight{};
 
-// What all operators have in common.
-OrtCustomOp common() {
+  OrtStatus* create(const OrtKernelInfo* info) {
+    for (auto [name, out] : {std::pair{"N", &weight.rows}, {"K", &weight.columns}})
+      if (auto* error = api.attribute(info, name, out)) return error;
+    if (weight.rows < 1 || weight.columns < 1) return api.status(kInvalidArgument, "a product of floats: N and K must be positive");
+    return nullptr;
+  }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor in[kInputs];
+    for (size_t i = 0; i < kInputs; ++i)
+      if (auto* error = in[i].read(context, i, i == kX || i >= kA)) return error;
+    FloatWeight w = weight;
+    w.data = in[kData].template as<uint16_t>();
+    w.bias = in[kBias].template as<float>();
+    thread_local Call call;
+    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], w.columns, w.rows)) return error;
+    if (call.count == 0) return nullptr;
+    call.weight = w;
+    call.divide(w.columns * sizeof(uint16_t), kPanel);
+    return call.run(context);
+  }
+
+  struct Call : Product<float> {
+    FloatWeight weight;
+
+    OrtStatus* run(const OrtKernelContext* context) {
+      const auto begin = [](void* data, size_t i) {
+        auto& c = *static_cast<Call*>(data);
+        c.updates.down(c.pieces, c.updates.jobs[i], c.x);
+      };
+      if (this->is_small(0)) {
+        for (size_t i = 0; i < this->updates.jobs.size(); ++i) begin(this, i);
+      } else if (auto* error = api.parallel_for(context, begin, this->updates.jobs.size(), 0, this)) {
+        return error;
+      }
+      this->updates.gather();
+      const auto part = [](void* data, size_t i) {
+        auto& c = *static_cast<Call*>(data);
+        const int64_t first = i * c.task, last = std::min(first + c.task, c.weight.rows);
+        product<F>(c.weight, c.x, c.count, first, last, c.y);
+        c.updates.up(c.pieces, first, last, c.y);
+      };
+      return api.parallel_for(context, part, this->tasks(), 0, this);
+    }
+  };
+};
+
+// The operator whose kernels are of a class.
+template <class Kernel>
+OrtCustomOp operator_of() {
   OrtCustomOp op{};
   op.version = kApiVersion;
+  op.CreateKernelV2 = [](const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) -> OrtStatus* {
+    auto made = std::make_unique<Kernel>();
+    if (auto* error = made->create(info)) return error;
+    *kernel = made.release();
+    return nullptr;
+  };
+  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) { return static_cast<Kernel*>(kernel)->compute(context); };
+  op.KernelDestroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
   op.GetExecutionProviderType = [](const OrtCustomOp*) -> const char* { return nullptr; };
+  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kInputs; };
   op.GetInputMemoryType = [](const OrtCustomOp*, size_t) { return 0; };
   op.GetOutputType = [](const OrtCustomOp*, size_t) { return kFloat; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
   op.GetOutputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
   op.GetStartVersion = [](const OrtCustomOp*) { return 1; };
   op.GetEndVersion = [](const OrtCustomOp*) { return 1; };
@@ -174,19 +247,23 @@ OrtCustomOp common() {
 }
 
 OrtCustomOp block_product() {
-  OrtCustomOp op = common();
+  using Kernel = BlockProduct;
+  OrtCustomOp op = operator_of<Kernel>();
   op.GetName = [](const OrtCustomOp*) { return "BlockProduct"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) {
-    return i == kData || i == kZeros ? kUint8 : i == kA || i == kB ? kFloat16 : kFloat;
+    return i == Kernel::kData || i == Kernel::kZeros ? kUint8 : i == Kernel::kA || i == Kernel::kB ? kFloat16 : kFloat;
   };
-  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i < 3 ? kRequired : kOptional; };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return 1; };
-  op.CreateKernelV2 = create;
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) {
-    return static_cast<BlockProduct*>(kernel)->compute(context);
-  };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<BlockProduct*>(kernel); };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i <= Kernel::kScales ? kRequired : kOptional; };
+  return op;
+}
+
+template <class F, ElementType kType>
+OrtCustomOp float_product() {
+  using Kernel = FloatProduct<F>;
+  OrtCustomOp op = operator_of<Kernel>();
+  op.GetName = [](const OrtCustomOp*) { return kType == kBfloat16 ? "Bfloat16Product" : "Float16Product"; };
+  op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == Kernel::kData ? kType : kFloat; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i <= Kernel::kData ? kRequired : kOptional; };
   return op;
 }
 
@@ -284,35 +361,22 @@ struct CacheAttention {
   }
 };
 
-OrtStatus* create_attention(const OrtCustomOp*, const OrtApi*, const OrtKernelInfo* info, void** kernel) {
-  auto* made = new CacheAttention;
-  if (auto* error = made->create(info)) {
-    delete made;
-    return error;
-  }
-  *kernel = made;
-  return nullptr;
-}
-
 OrtCustomOp cache_attention() {
-  OrtCustomOp op = common();
+  using Kernel = CacheAttention;
+  OrtCustomOp op = operator_of<Kernel>();
   op.GetName = [](const OrtCustomOp*) { return "CacheAttention"; };
-  op.GetInputTypeCount = [](const OrtCustomOp*) -> size_t { return CacheAttention::kInputs; };
-  op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == CacheAttention::kLast || i == CacheAttention::kTotal ? kInt32 : kFloat; };
+  op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == Kernel::kLast || i == Kernel::kTotal ? kInt32 : kFloat; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) {
-    return i == CacheAttention::kKey || i == CacheAttention::kValue || i > CacheAttention::kTotal ? kOptional : kRequired;
+    return i == Kernel::kKey || i == Kernel::kValue || i > Kernel::kTotal ? kOptional : kRequired;
   };
-  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return CacheAttention::kOutputs; };
-  op.CreateKernelV2 = create_attention;
-  op.KernelComputeV2 = [](void* kernel, OrtKernelContext* context) { return static_cast<CacheAttention*>(kernel)->compute(context); };
-  op.KernelDestroy = [](void* kernel) { delete static_cast<CacheAttention*>(kernel); };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kOutputs; };
   return op;
 }
 
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp ops[] = {block_product(), cache_attention()};
+  static const OrtCustomOp ops[] = {block_product(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is

@@ -27,7 +27,6 @@
 
 constexpr int64_t kLine = 64;             // bytes of a line of the caches
 constexpr int64_t kNearCache = 24 << 10;  // bytes of the nearest cache that a part of a panel may take
-constexpr int64_t kAhead = 2048;          // bytes between the weights that are multiplied and those that are asked for
 
 struct Weight {
   int64_t rows, columns, block, blocks;  // N, K, weights that share a scale, blocks of a row

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What adapters add to a product: y += (x A) B, with A and B in 16-bit floats, each row with the adapters that it uses.
+// What adapters add to a product: y += (x A) B, with A and B in floats of 16 or 32 bits, each row with the adapters that it uses.
 //
 // An adapter is a piece, or several of some ranks each. A row's sums are added in the order of the columns of x, then in that of the ranks, so they
 // are the same however an adapter is cut, and whichever rows are computed together.
@@ -13,10 +13,11 @@
 
 #include "lanes.h"
 
+template <class T>
 struct Pieces {
   int64_t count, columns, ranks, rows;  // C, K, p, N
-  const uint16_t* a;                    // (C, K, p)
-  const uint16_t* b;                    // (C, p, N)
+  const T* a;                           // (C, K, p)
+  const T* b;                           // (C, p, N)
 };
 
 // Rows of x that use a piece: some of `Updates::rows`, from `first` on.
@@ -26,19 +27,13 @@ struct Use {
 
 // Eight numbers of a row that goes on, or ends after `left` of them: looking for the end takes longer than what is computed.
 template <bool kEnds>
-__m256 halves(const uint16_t* p, int64_t left) {
-  if (!kEnds || left >= kLanes) return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  alignas(16) uint16_t some[kLanes] = {};
-  std::memcpy(some, p, left * sizeof(uint16_t));
-  return _mm256_cvtph_ps(_mm_load_si128(reinterpret_cast<const __m128i*>(some)));
+__m256 load(const uint16_t* p, int64_t left) {
+  return _mm256_cvtph_ps(!kEnds || left >= kLanes ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : some(p, left));
 }
 
 template <bool kEnds>
 __m256 load(const float* p, int64_t left) {
-  if (!kEnds || left >= kLanes) return _mm256_loadu_ps(p);
-  alignas(32) float some[kLanes] = {};
-  std::memcpy(some, p, left * sizeof(float));
-  return _mm256_load_ps(some);
+  return !kEnds || left >= kLanes ? _mm256_loadu_ps(p) : some(p, left);
 }
 
 template <bool kEnds>
@@ -50,14 +45,14 @@ void store(float* p, __m256 value, int64_t left) {
 }
 
 // y[m][c] += sum over k of x[m][k] * w[k][c], for M rows and V registers of columns, of which `left` columns are there.
-template <int M, int V, bool kEnds>
-void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t left, float* const* y) {
+template <int M, int V, bool kEnds, class T>
+void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* const* y) {
   __m256 totals[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) totals[m][v] = load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
   for (int64_t k = 0; k < depth; ++k, w += stride) {
     __m256 parts[V];
-    for (int v = 0; v < V; ++v) parts[v] = halves<kEnds>(w + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w + v * kLanes, left - v * kLanes);
     for (int m = 0; m < M; ++m) {
       const __m256 each = _mm256_broadcast_ss(x[m] + k);
       for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
@@ -68,8 +63,8 @@ void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t
 }
 
 // The same for any number of columns.
-template <int M>
-void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns, float* const* y) {
+template <int M, class T>
+void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* const* y) {
   constexpr int kWide = M == 1 ? 8 : 2;
   float* at[M];
   for (int64_t c = 0; c < columns;) {
@@ -89,18 +84,19 @@ void accumulate(const float* const* x, int64_t depth, const uint16_t* w, int64_t
 }
 
 // The same for one row of x and a few rows of w, which are read on and on: they are far from each other in memory.
-template <int Depth, bool kEnds>
-void accumulate_along(const float* x, const uint16_t* w, int64_t stride, int64_t columns, float* y) {
+template <int Depth, bool kEnds, class T>
+void accumulate_along(const float* x, const T* w, int64_t stride, int64_t columns, float* y) {
   __m256 each[Depth];
   for (int k = 0; k < Depth; ++k) each[k] = _mm256_broadcast_ss(x + k);
   for (int64_t c = 0; c < columns; c += kLanes) {
     __m256 total = load<kEnds>(y + c, columns - c);
-    for (int k = 0; k < Depth; ++k) total = _mm256_fmadd_ps(each[k], halves<kEnds>(w + k * stride + c, columns - c), total);
+    for (int k = 0; k < Depth; ++k) total = _mm256_fmadd_ps(each[k], load<kEnds>(w + k * stride + c, columns - c), total);
     store<kEnds>(y + c, total, columns - c);
   }
 }
 
-inline void accumulate_along(const float* x, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns, float* y) {
+template <class T>
+void accumulate_along(const float* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* y) {
   const int64_t whole = columns / kLanes * kLanes;
   int64_t k = 0;
   for (; k + 8 <= depth; k += 8) accumulate_along<8, false>(x + k, w + k * stride, stride, whole, y);
@@ -123,7 +119,8 @@ struct Updates {
   std::vector<float> products;  // (parts of the columns, rows, p), the products with A
 
   // `places` (B or 1, m, C) is not zero where a row uses a piece; null, or of a single row and piece: all rows use it.
-  void find(const Pieces& pieces, int64_t count, const float* places, int64_t batch, int64_t most) {
+  template <class T>
+  void find(const Pieces<T>& pieces, int64_t count, const float* places, int64_t batch, int64_t most) {
     uses.clear();
     rows.clear();
     jobs.clear();
@@ -145,9 +142,10 @@ struct Updates {
   }
 
   // A job's products with A.
-  void down(const Pieces& pieces, const Job& job, const float* x) {
+  template <class T>
+  void down(const Pieces<T>& pieces, const Job& job, const float* x) {
     const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin);
-    const uint16_t* a = pieces.a + (job.piece * pieces.columns + begin) * pieces.ranks;
+    const T* a = pieces.a + (job.piece * pieces.columns + begin) * pieces.ranks;
     float* made = products.data() + job.part * rows.size() * pieces.ranks;
     const auto from = [&](int64_t i) { return x + rows[i] * pieces.columns + begin; };
     const auto to = [&](int64_t i) { return made + i * pieces.ranks; };
@@ -161,7 +159,8 @@ struct Updates {
   }
 
   // Adds what the columns from `begin` to `end` of y get.
-  void up(const Pieces& pieces, int64_t begin, int64_t end, float* y) const {
+  template <class T>
+  void up(const Pieces<T>& pieces, int64_t begin, int64_t end, float* y) const {
     const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks; };
     const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + begin; };
     for (const Use& use : uses)
@@ -169,8 +168,8 @@ struct Updates {
   }
 
  private:
-  template <class From, class To>
-  static void for_rows(int64_t first, int64_t count, From from, To to, int64_t depth, const uint16_t* w, int64_t stride, int64_t columns) {
+  template <class T, class From, class To>
+  static void for_rows(int64_t first, int64_t count, From from, To to, int64_t depth, const T* w, int64_t stride, int64_t columns) {
     int64_t i = first;
     for (; i + 4 <= first + count; i += 4) {
       const float* x[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};

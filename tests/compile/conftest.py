@@ -66,19 +66,20 @@ class Exported:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
-    """Return a function that exports a style of model, once."""
-    made: dict[str, Exported] = {}
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Exported]:
+    """Return a function that exports a style of model, once for each type of its weights."""
+    made: dict[tuple[str, torch.dtype], Exported] = {}
 
-    def export(style: str) -> Exported:
-        if style not in made:
+    def export(style: str, dtype: torch.dtype = torch.float32) -> Exported:
+        if (style, dtype) not in made:
             torch.manual_seed(0)
             targets = TARGETS.get(style, ["q_proj", "v_proj", "down_proj"])
             config = lora(target_modules=targets, fan_in_fan_out=style == "gpt2")
-            model = make_peft(make_base(SOFTCAPPED if style == "softcapped" else STYLES[style]), config=config)
+            base = make_base(SOFTCAPPED if style == "softcapped" else STYLES[style]).to(dtype)
+            model = make_peft(base, config=config)
             folder = tmp_path_factory.mktemp(style) / "graph"
-            made[style] = Exported(model, export_graph(model, folder, adapter_name="default"))
-        return made[style]
+            made[style, dtype] = Exported(model, export_graph(model, folder, adapter_name="default"))
+        return made[style, dtype]
 
     return export
 

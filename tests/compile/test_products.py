@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from QEfficient.compile import targets
 from QEfficient.compile.program import compile_graph
@@ -18,6 +19,8 @@ from QEfficient.runtime.session import OrtSession
 TOLERANCE = 0.02
 # And they are no further from float32 than ONNX Runtime's are; seen 0.98 to 1.01 of its error.
 NO_WORSE = 1.05
+# Sums of float32 numbers in another order, through two layers; seen 4e-7.
+FLOAT32 = 2e-6
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,53 @@ def test_small_blocks_are_left_alone(exported):
     program = compile_graph(exported("llama").graph, precision="int4", block_size=16)
     assert not {"BlockProduct", "CacheAttention"} & set(_operators(program))
     assert KERNELS not in Manifest.read(program).options
+
+
+HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["plain", "mixed"])
+@pytest.mark.parametrize(("style", "dtype"), [("llama", "bfloat16"), ("qwen2", "float16"), ("gemma2", "bfloat16")])
+def test_halves_give_the_logits_of_float32(exported, trace, style, dtype, mixed):
+    """A checkpoint in 16 bits is multiplied as it is, and nothing is lost: what ONNX Runtime gives after a cast, off by float32's own rounding."""
+    made, results = exported(style, HALVES[dtype]), []
+    for target in ("onnxruntime-plain", "onnxruntime"):
+        session = OrtSession(compile_graph(made.graph, target=target, mixed=mixed), threads=2)
+        session.load_adapter("a", made.adapter)
+        base = trace(session)
+        session.set_adapter("a")
+        results.append(base + trace(session))
+    assert 0 < _off(*results) < FLOAT32
+
+
+def test_halves_are_read_where_they_lie(exported):
+    """The program has no copy of the checkpoint's matrices, and ONNX Runtime makes none: nothing casts them."""
+    graph = exported("qwen2", torch.bfloat16).graph
+    program = compile_graph(graph)
+    assert _operators(program)["Bfloat16Product"] == 2 * 7 + 1
+    assert _operators(program)["MatMul"] == 0
+    model = ir.load(program / MODEL_FILE)
+    large = {
+        v.name: v for v in model.graph.initializers.values() if len(v.shape) == 2 and v.dtype == ir.DataType.BFLOAT16
+    }
+    assert len(large) == 2 * 7 + 1  # the embedding is tied to the head
+    assert {use.node.op_type for v in large.values() for use in v.uses()} == {"Bfloat16Product", "Gather"}
+    assert {v.const_value.location for v in large.values()} == {"weights.safetensors"}
+    assert (program / "weights.safetensors").samefile(graph / "weights.safetensors")
+
+
+def test_float32_needs_no_kernels(exported, monkeypatch):
+    """A checkpoint in float32 at precision fp32 is compiled without them: nobody waits for a compiler."""
+    monkeypatch.setattr(targets, "_why_no_kernels", lambda: pytest.fail("asked for kernels"))
+    program = compile_graph(exported("llama").graph)
+    assert KERNELS not in Manifest.read(program).options
+
+
+def test_halves_in_blocks(exported):
+    """From a checkpoint in 16 bits, too, a bias stays with its product, so queries, keys and values become one."""
+    operators = _operators(compile_graph(exported("qwen2", torch.bfloat16).graph, precision="int4"))
+    assert operators["BlockProduct"] == 2 * 5 + 1
+    assert operators["Bfloat16Product"] == operators["MatMul"] == 0
 
 
 def test_adapters_are_held_in_16_bits(exported):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from QEfficient.kernels.check import TOLERANCE, Blocks, model, pieces, product, session, wrong
+from QEfficient.kernels.check import TOLERANCE, Blocks, Floats, model, pieces, product, session, wrong
 
 KINDS = list(itertools.product((4, 8), (32, 64, 128, 256), (False, True)))
 
@@ -21,6 +22,29 @@ def test_products(library, bits, block_size, zeros):
         assert (np.abs(got - wanted).max(1) <= TOLERANCE * np.abs(wanted).max(1)).all()
         for count in (1, 4, 7, 8):
             np.testing.assert_array_equal(run.run(None, {"x": x[:count]})[0], got[:count])
+
+
+@pytest.mark.parametrize("held", [ml_dtypes.bfloat16, np.float16], ids=["bfloat16", "float16"])
+def test_products_of_floats(library, held):
+    """Rows that end within what is loaded at once or within a panel, weights in odd numbers, few rows and many."""
+    rng = np.random.default_rng(0)
+    for columns, rows in ((1, 3), (7, 1), (200, 16), (417, 35), (448, 9), (3104, 20)):
+        weight = Floats(rng.standard_normal((rows, columns)).astype(held))
+        run = session(model(weight), library, threads=2)
+        x = rng.standard_normal((31, columns)).astype(np.float32) * 10 ** rng.uniform(-3, 3, (31, 1)).astype(np.float32)
+        for count in (1, 2, 3, 4, 7, 15, 16, 17, 31):
+            got, wanted = run.run(None, {"x": x[:count]})[0], product(x[:count], weight)
+            assert (np.abs(got - wanted).max(1) <= TOLERANCE * np.abs(wanted).max(1)).all()
+
+
+def test_every_float(library):
+    """All numbers of 16 bits become the same float32: one product by each."""
+    for held in (ml_dtypes.bfloat16, np.float16):
+        numbers = np.arange(1 << 16, dtype=np.uint16).view(held)
+        weight = Floats(numbers[np.isfinite(numbers.astype(np.float32))][:, None])
+        for count in (1, 40):
+            got = session(model(weight), library).run(None, {"x": np.ones((count, 1), np.float32)})[0]
+            np.testing.assert_array_equal(got, np.tile(weight.data[:, 0].astype(np.float32), (count, 1)))
 
 
 def test_dimensions_in_front(library):
@@ -84,6 +108,13 @@ FAULTS = {
     "scales of the block before": ("products.h", "Group::spread(scales + block)", "Group::spread(scales + block / 2)"),
     "a part of a long row that is added twice": ("products.h", "first = layout.wide * part / parts", "first = 0"),
     "a piece for all rows": ("updates.h", "bool used = all;", "bool used = true;"),
+    "floats of half the size": ("floats.h", "_mm256_cvtepu16_epi32(bits), 16)", "_mm256_cvtepu16_epi32(bits), 15)"),
+    "only the last part of deep panels": ("floats.h", "depth, k == 0, y", "depth, true, y"),
+    "columns at the end that are left out": (
+        "floats.h",
+        "for (; k < columns; k += kLanes)",
+        "for (; k + kLanes <= columns; k += kLanes)",
+    ),
     "ranks that are left out": ("updates.h", "to, pieces.ranks, pieces.b", "to, pieces.ranks / 2, pieces.b"),
     "a token that attends to all but itself": ("attention.h", "end = last[b] + 1;", "end = std::max(1, last[b]);"),
     "heads that are turned the other way": ("attention.h", "x[i + half] * c + x[i] * s", "x[i + half] * c - x[i] * s"),
