@@ -2,7 +2,7 @@
 """How fast one row decodes with a switchable adapter: PyTorch with PEFT, our programs, and what the memory allows.
 
 A random base of Qwen2.5-0.5B's shape and a random LoRA of rank 16 on all seven projections are made, exported and compiled
-(once: the folder is kept). Then all subjects take turns, A B C A B C: one prompt, then single tokens. The last line is JSON.
+(once: the folder is kept). All multiply the same numbers, in float32 where they are called fp32. Then all subjects take turns, A B C A B C: one prompt, then single tokens. The last line is JSON.
 
 Where they can be imported, onnxruntime-genai takes part, with the adapter baked in by its own builder, and llama.cpp, with its
 LoRA. What is named with ``--skip`` stays out: a run of a few minutes may measure one precision.
@@ -26,7 +26,7 @@ from llama_cpp_peer import LlamaCpp, write_adapter, write_base
 from machine import machine, read_bytes_per_second
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
 from QEfficient.compile.program import compile_graph
 from QEfficient.contract import MODEL_FILE, Manifest
@@ -45,6 +45,11 @@ class Options:
 
     work: Path = option(help="Folder for the base, the adapter, the graph and the programs; kept for the next run.")
     layers: int = option(24, "Layers of the base.")
+    checkpoint: str = option(
+        "bfloat16",
+        "How the base's file holds its weights: as nearly all are published, or drawn in float32.",
+        choices=["bfloat16", "float32"],
+    )
     prompt: int = option(128, "Tokens of the prompt.")
     tokens: int = option(64, "Tokens decoded in a turn.")
     turns: int = option(5, "Turns of each subject; figures are medians over them.")
@@ -133,8 +138,8 @@ class Timings:
     tokens: list[int] = field(default_factory=list)
 
 
-def make_model(options: Options) -> tuple[Path, Path]:
-    """Write the base and the adapter, once; return their folders."""
+def make_model(options: Options, dtype: str = "float32") -> tuple[Path, Path]:
+    """Write the base, its weights in ``dtype``, and the adapter, once; return their folders."""
     base, adapter = options.work / "base", options.work / "adapter"
     if not (adapter / "adapter_config.json").is_file():
         torch.manual_seed(0)
@@ -148,12 +153,15 @@ def make_model(options: Options) -> tuple[Path, Path]:
             max_position_embeddings=4096,
             tie_word_embeddings=True,
         )
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
         model.save_pretrained(base)
         lora = LoraConfig(
             r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
         )
         get_peft_model(model, lora).save_pretrained(str(adapter))
+    held = AutoConfig.from_pretrained(base).dtype
+    if held != getattr(torch, dtype):
+        raise SystemExit(f"{base} holds {held}, not {dtype}: give another folder for --work")
     return base, adapter
 
 
@@ -265,7 +273,7 @@ def main() -> None:
     options = parse(Options, sys.argv[1:], prog="benchmarks/decode.py")
     torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
-    base, adapter = make_model(options)
+    base, adapter = make_model(options, options.checkpoint)
     loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(loaded, str(adapter)).eval()
     subjects: list[Subject] = [Torch(model, way) for way in options.pytorch]
