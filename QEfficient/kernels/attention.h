@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // Attention of one token of each row over the row's cache.
 //
-// All query heads that share keys and values are computed together, so each is read from memory once. Long caches are cut into parts at fixed places:
-// a row's result depends neither on the rows beside it nor on the number of threads.
+// All query heads that share keys and values are computed together, so each is read from memory once, and some places at a time, so that memory has no
+// rest while weights are made. Long caches are cut into parts at fixed places: a row's result depends neither on the rows beside it nor on the number
+// of threads.
 #pragma once
 #include <immintrin.h>
 
@@ -10,6 +11,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -41,11 +43,44 @@ struct Attention {
   const float *cos, *sin;            // (positions, R / 2), or null
   float* y;                          // (B, H D)
 
+  // The weights of some places for each head, relative to the largest score so far.
+  struct Weights {
+    std::vector<float> scores, largest, factors, totals;  // (heads, kBlock), (heads), (heads): for what was added up before, (heads, 8)
+
+    void begin(int64_t heads) {
+      heads = (heads + kLanes - 1) / kLanes * kLanes;
+      scores.resize(heads * kBlock);
+      largest.assign(heads, -std::numeric_limits<float>::infinity());
+      factors.assign(heads, 0.f);
+      totals.assign(heads * kLanes, 0.f);
+    }
+
+    // Makes weights of scores, of which `count` are there.
+    void make(int64_t heads, int64_t count) {
+      for (int64_t h = 0; h < heads; ++h) {
+        float* of = scores.data() + h * kBlock;
+        std::fill(of + count, of + kBlock, -std::numeric_limits<float>::infinity());
+        factors[h] = largest[h];
+        largest[h] = std::max(largest[h], largest_of(_mm256_max_ps(_mm256_loadu_ps(of), _mm256_loadu_ps(of + kLanes))));
+      }
+      for (int64_t h = 0; h < heads; h += kLanes)
+        _mm256_storeu_ps(factors.data() + h, exponential(_mm256_sub_ps(_mm256_loadu_ps(factors.data() + h), _mm256_loadu_ps(largest.data() + h))));
+      for (int64_t h = 0; h < heads; ++h) {
+        const __m256 top = _mm256_set1_ps(largest[h]);
+        float *of = scores.data() + h * kBlock, *total = totals.data() + h * kLanes;
+        const __m256 a = exponential(_mm256_sub_ps(_mm256_loadu_ps(of), top)), b = exponential(_mm256_sub_ps(_mm256_loadu_ps(of + kLanes), top));
+        _mm256_storeu_ps(of, a);
+        _mm256_storeu_ps(of + kLanes, b);
+        _mm256_storeu_ps(total, _mm256_fmadd_ps(_mm256_set1_ps(factors[h]), _mm256_loadu_ps(total), _mm256_add_ps(a, b)));
+      }
+    }
+  };
+
   // Some places of the cache of a row's head.
   struct Part {
     int64_t row, head, first, count;
   };
-  static constexpr int64_t kPart = 512, kBlock = 16, kAhead = 8;
+  static constexpr int64_t kPart = 512, kBlock = 2 * kLanes;
   std::vector<Part> parts;
   std::vector<float> sums;  // (parts, H / G, D + 2): each head's sum of values, then its largest score and the sum of the weights
 
@@ -71,27 +106,33 @@ struct Attention {
 
   void attend(int64_t i) {
     const Part& part = parts[i];
-    const int64_t count = (part.count + kLanes - 1) / kLanes * kLanes;
-    thread_local std::vector<float> queries, scores;
+    thread_local std::vector<float> queries;
+    thread_local Weights weights;
     queries.resize(group() * size);
-    scores.resize(group() * count);
+    weights.begin(group());
     const int64_t from = ((part.row * kv_heads + part.head) * places + part.first) * size;
     for (int64_t h = 0; h < group(); ++h)
       turn(query + part.row * query_stride + (part.head * group() + h) * size, last[part.row], scale, queries.data() + h * size);
-    for (int64_t k = 0; k < part.count; k += 4) {
-      ask(keys + from + (k + kAhead) * size, 4 * size);
+    float* out = sums_at(i);
+    std::fill_n(out, group() * (size + 2), 0.f);
+    for (int64_t k = 0; k < part.count; k += kBlock) {
+      const int64_t count = std::min(kBlock, part.count - k);
+      const float *k_at = keys + from + k * size, *v_at = values + from + k * size;
+      for (int64_t j = 0; j < count; j += 4) {
+        ask(k_at + (j + kBlock) * size, 4 * size);
+        ask(v_at + (j + kBlock) * size, 4 * size);
+        in_pairs([&](auto pair, int64_t h) {
+          four_scores<pair()>(queries.data() + h * size, k_at + j * size, count - j, weights.scores.data() + h * kBlock + j, kBlock);
+        });
+      }
+      weights.make(group(), count);
       in_pairs([&](auto pair, int64_t h) {
-        four_scores<pair()>(queries.data() + h * size, keys + from + k * size, part.count - k, scores.data() + h * count + k, count);
+        add_values<pair()>(weights.scores.data() + h * kBlock, weights.factors.data() + h, v_at, count, out + h * (size + 2));
       });
     }
-    float* out = sums_at(i);
-    for (int64_t h = 0; h < group(); ++h) weigh(scores.data() + h * count, part.count, out + h * (size + 2) + size);
-    for (int64_t h = 0; h < group(); ++h) std::fill_n(out + h * (size + 2), size, 0.f);
-    for (int64_t k = 0; k < part.count; k += kBlock) {
-      ask(values + from + (k + kBlock) * size, kBlock * size);
-      in_pairs([&](auto pair, int64_t h) {
-        add_values<pair()>(scores.data() + h * count + k, count, values + from + k * size, std::min(kBlock, part.count - k), out + h * (size + 2));
-      });
+    for (int64_t h = 0; h < group(); ++h) {
+      out[h * (size + 2) + size] = weights.largest[h];
+      out[h * (size + 2) + size + 1] = sum_of(_mm256_loadu_ps(weights.totals.data() + h * kLanes));
     }
   }
 
@@ -161,36 +202,25 @@ struct Attention {
     for (int p = 0; p < P; ++p) _mm_storeu_ps(out + p * stride, sums_of(totals[p][0], totals[p][1], totals[p][2], totals[p][3]));
   }
 
-  // Makes weights of a head's scores; writes the largest score and the weights' sum. What is behind the last weight becomes zero.
-  static void weigh(float* scores, int64_t count, float* out) {
-    float largest = scores[0], total = 0;
-    for (int64_t i = 1; i < count; ++i) largest = std::max(largest, scores[i]);
-    for (int64_t i = 0; i < count; i += kLanes)
-      _mm256_storeu_ps(scores + i, exponential(_mm256_sub_ps(_mm256_loadu_ps(scores + i), _mm256_set1_ps(largest))));
-    for (int64_t i = count; i % kLanes; ++i) scores[i] = 0;
-    for (int64_t i = 0; i < count; ++i) total += scores[i];
-    out[0] = largest;
-    out[1] = total;
-  }
-
-  // out += sum over k of weights[k] * v[k], for P heads; the next head's weights are `stride` further on.
+  // out = out * factors + sum over k of weights[k] * v[k], for P heads; the next head's weights are kBlock further on.
   template <int P>
-  void add_values(const float* weights, int64_t stride, const float* v, int64_t count, float* out) const {
+  void add_values(const float* weights, const float* factors, const float* v, int64_t count, float* out) const {
     int64_t d = 0;
-    for (; d + 4 * kLanes <= size; d += 4 * kLanes) add_values<P, 4>(weights, stride, v + d, count, out + d);
-    for (; d < size; d += kLanes) add_values<P, 1>(weights, stride, v + d, count, out + d);
+    for (; d + 4 * kLanes <= size; d += 4 * kLanes) add_values<P, 4>(weights, factors, v + d, count, out + d);
+    for (; d < size; d += kLanes) add_values<P, 1>(weights, factors, v + d, count, out + d);
   }
 
   template <int P, int V>
-  void add_values(const float* weights, int64_t stride, const float* v, int64_t count, float* out) const {
+  void add_values(const float* weights, const float* factors, const float* v, int64_t count, float* out) const {
     __m256 totals[P][V];
     for (int p = 0; p < P; ++p)
-      for (int i = 0; i < V; ++i) totals[p][i] = _mm256_loadu_ps(out + p * (size + 2) + i * kLanes);
+      for (int i = 0; i < V; ++i)
+        totals[p][i] = _mm256_mul_ps(_mm256_broadcast_ss(factors + p), _mm256_loadu_ps(out + p * (size + 2) + i * kLanes));
     for (int64_t k = 0; k < count; ++k, v += size) {
       __m256 parts[V];
       for (int i = 0; i < V; ++i) parts[i] = _mm256_loadu_ps(v + i * kLanes);
       for (int p = 0; p < P; ++p) {
-        const __m256 weight = _mm256_broadcast_ss(weights + p * stride + k);
+        const __m256 weight = _mm256_broadcast_ss(weights + p * kBlock + k);
         for (int i = 0; i < V; ++i) totals[p][i] = _mm256_fmadd_ps(weight, parts[i], totals[p][i]);
       }
     }

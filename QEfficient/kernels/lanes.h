@@ -21,6 +21,12 @@ inline float sum_of(__m256 a) {
   return _mm_cvtss_f32(sums_of(a, none, none, none));
 }
 
+inline float largest_of(__m256 a) {
+  __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+  return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
 // Eight numbers, or as many as there are and then zeros.
 inline __m128i some(const uint16_t* p, int64_t count) {
   alignas(16) uint16_t held[kLanes] = {};

@@ -118,6 +118,11 @@ FAULTS = {
     "ranks that are left out": ("updates.h", "to, pieces.ranks, pieces.b", "to, pieces.ranks / 2, pieces.b"),
     "a token that attends to all but itself": ("attention.h", "end = last[b] + 1;", "end = std::max(1, last[b]);"),
     "heads that are turned the other way": ("attention.h", "x[i + half] * c + x[i] * s", "x[i + half] * c - x[i] * s"),
+    "weights of other sizes": (
+        "attention.h",
+        "_mm256_fmadd_ps(_mm256_set1_ps(factors[h])",
+        "_mm256_fmadd_ps(_mm256_set1_ps(1.f)",
+    ),
     "parts that count alike": ("attention.h", "std::exp(of(p)[size] - largest)", "1.f"),
     "rows that depend on others": (
         "products.h",
