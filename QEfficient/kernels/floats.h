@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "lanes.h"
 
@@ -28,11 +27,11 @@ struct FloatWeight {
   float bias_of(int64_t n) const { return bias ? bias[n] : 0.f; }
 };
 
-constexpr int64_t kSoon = 1024;   // bytes between the weights that are multiplied and those that are asked for
+constexpr int64_t kSoon = 1024;   // bytes between the weights of few rows that are multiplied and those that are asked for
 constexpr int64_t kFewRows = 16;  // of x; as many and more are computed by panels
-constexpr int64_t kOfLine = 32;   // numbers of a line of the caches
 constexpr int64_t kPanel = 16;    // rows of W side by side
 constexpr int64_t kDepth = 448;   // columns of W in a panel, which takes most of the nearest cache
+constexpr int64_t kOfLine = kLine / sizeof(uint16_t);  // columns
 
 template <class F>
 __m256 wide(const uint16_t* p) {

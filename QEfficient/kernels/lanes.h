@@ -8,6 +8,7 @@
 #include <cstring>
 
 constexpr int64_t kLanes = 8;
+constexpr int64_t kLine = 64;     // bytes of a line of the caches
 constexpr int64_t kAhead = 2048;  // bytes between the weights that are multiplied and those that are asked for
 
 // The four sums of the lanes of four registers.

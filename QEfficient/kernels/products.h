@@ -25,7 +25,6 @@
 #define HAS_VNNI 0
 #endif
 
-constexpr int64_t kLine = 64;             // bytes of a line of the caches
 constexpr int64_t kNearCache = 24 << 10;  // bytes of the nearest cache that a part of a panel may take
 
 struct Weight {

@@ -89,6 +89,8 @@ void accumulate_along(const float* x, const T* w, int64_t stride, int64_t column
   __m256 each[Depth];
   for (int k = 0; k < Depth; ++k) each[k] = _mm256_broadcast_ss(x + k);
   for (int64_t c = 0; c < columns; c += kLanes) {
+    if (!kEnds && c * sizeof(T) % kLine == 0)  // of the rows that follow
+      for (int k = 0; k < Depth; ++k) _mm_prefetch(reinterpret_cast<const char*>(w + (Depth + k) * stride + c), _MM_HINT_NTA);
     __m256 total = load<kEnds>(y + c, columns - c);
     for (int k = 0; k < Depth; ++k) total = _mm256_fmadd_ps(each[k], load<kEnds>(w + k * stride + c, columns - c), total);
     store<kEnds>(y + c, total, columns - c);
@@ -179,10 +181,13 @@ struct Updates {
     for (; i < first + count; ++i) {
       const float* x[] = {from(i)};
       float* y[] = {to(i)};
-      if (stride == columns)
+      if (stride == columns) {
         accumulate<1>(x, depth, w, stride, columns, y);
-      else
-        accumulate_along(*x, depth, w, stride, columns, *y);
+      } else {
+        int64_t used = depth;
+        while (used > 0 && x[0][used - 1] == 0) --used;  // ranks that only fill a piece
+        accumulate_along(*x, used, w, stride, columns, *y);
+      }
     }
   }
 };
