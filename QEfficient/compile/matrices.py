@@ -56,14 +56,15 @@ def projection(node: ir.Node) -> MatrixUse | None:
         settings = {name: a.value for name, a in node.attributes.items()}
         if settings.get("transA") or settings.get("alpha", 1.0) != 1 or settings.get("beta", 1.0) != 1:
             return None
-        if bias is not None and (bias.shape is None or len(bias.shape) != 1):
-            return None
         by_column = not settings.get("transB")
     transpose = made_by(weight, "Transpose")
     if transpose is not None and by_column:
         weight, by_column = transpose.inputs[0], False
     stored = stored_matrix(weight)
-    return MatrixUse(node, node.inputs[0], stored, by_column, bias) if stored is not None else None
+    if stored is None:
+        return None
+    match = MatrixUse(node, node.inputs[0], stored, by_column, bias)
+    return match if bias is None or (bias.shape is not None and list(bias.shape) == [match.rows]) else None
 
 
 def embedding(node: ir.Node) -> MatrixUse | None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Adapters cut into pieces: each row gets its own adapter's update, and no more is multiplied than is in use."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -11,6 +12,7 @@ from peft import LoraConfig
 from QEfficient.compile.program import compile_graph
 from QEfficient.contract import ADAPTER_MASK, BASE, KERNELS, MIXED, AdapterSpec, Manifest
 from QEfficient.errors import ArtifactError
+from QEfficient.export.torch_to_onnx import export_graph
 from QEfficient.peft.adapters import Adapter, fit
 from QEfficient.runtime.engine import Engine
 from QEfficient.runtime.mixing import PIECE, Mixture
@@ -146,6 +148,29 @@ def test_weights_in_blocks(tiny, many, precision, target):
         np.testing.assert_array_equal(together, alone)
     # ONNX Runtime adds in another order for several rows, so 8-bit activations may round another way, by far less than an adapter does.
     assert np.abs(together - alone).max() < 0.05 * np.abs(alone - base).max()
+
+
+def test_weights_in_halves(tiny, many, tmp_path):
+    """A base in bfloat16: rows of a mix get the logits that they get alone, and those of ONNX Runtime's kernels, by float32's rounding."""
+    model = copy.deepcopy(tiny.model)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.bfloat16()
+    graph = export_graph(model, tmp_path / "graph", adapter_name="one")
+    rows, made = ["one", "qv", BASE, "r64", "down", "r64", "r17"], []
+    ids = np.arange(5, 5 + len(rows))[:, None]
+    for target in ("onnxruntime", "onnxruntime-plain"):
+        session = SlotSession(compile_graph(graph, mixed=True, target=target), threads=1)
+        for name, tensors in many.items():
+            session.load_adapter(name, tensors)
+        session.allocate(len(rows), 16)
+        made.append(session.run_slots(0, ids, np.zeros_like(ids), rows))
+        made += [
+            np.concatenate([session.run_slots(i, ids[i : i + 1], np.zeros((1, 1)), rows[i : i + 1]) for i in range(7)])
+        ]
+    for other in made[1:]:
+        np.testing.assert_allclose(other, made[0], rtol=0, atol=2e-6 * np.abs(made[0]).max())
+    assert np.abs(made[0][0] - made[0][3]).max() > 0.1 * np.abs(made[0]).max()
 
 
 def test_a_program_of_an_older_version_is_refused(tiny, tmp_path):
