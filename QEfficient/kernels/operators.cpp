@@ -53,8 +53,6 @@ struct Product {
   Pieces<T> pieces{};
   Updates updates;
 
-  static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
-
   // Reads a call's inputs and makes its output.
   OrtStatus* open(OrtKernelContext* context, Tensor& in, const Tensor& a, const Tensor& b, const Tensor& places, int64_t columns, int64_t rows) {
     if (in.rank < 1 || in.dims[in.rank - 1] != columns) return api.status(kInvalidArgument, "a product: the last dimension of x is not K");
@@ -93,11 +91,7 @@ struct Product {
     task = std::clamp<int64_t>(bytes / row_bytes / step * step, step, 2048);
   }
   int64_t tasks() const { return (pieces.rows + task - 1) / task; }
-
-  // Whether all that is done before the product is too little for several threads; `each` row of x takes so many multiplications for each column.
-  bool is_small(int64_t each) const {
-    return pieces.columns * (each * count + pieces.ranks * static_cast<int64_t>(updates.rows.size())) < kAlone;
-  }
+  int64_t first_of(int64_t i) const { return std::min(i * task, pieces.rows); }  // column of a task; of the one behind the last: their number
 };
 
 // BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits and block_size: weights in blocks
@@ -135,6 +129,8 @@ struct BlockProduct {
     return with_layout(w, [&](auto layout) { return call.run<decltype(layout)>(context); });
   }
 
+  static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
+
   struct Call : Product<uint16_t> {
     const Weight* weight;
     Rows rows;
@@ -151,7 +147,8 @@ struct BlockProduct {
           c.updates.down(c.pieces, c.updates.jobs[at - c.count], c.x);
       };
       const size_t total = count + updates.jobs.size();
-      if (is_small(8)) {
+      // Rounding a row takes as long as some multiplications.
+      if (weight->columns * (8 * count + pieces.ranks * static_cast<int64_t>(updates.rows.size())) < kAlone) {
         for (size_t i = 0; i < total; ++i) begin(this, i);
       } else if (auto* error = api.parallel_for(context, begin, total, 0, this)) {
         return error;
@@ -159,7 +156,7 @@ struct BlockProduct {
       updates.gather();
       const auto part = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        const int64_t first = i * c.task, last = std::min(first + c.task, c.weight->rows);
+        const int64_t first = c.first_of(i), last = c.first_of(i + 1);
         product<Layout>(*c.weight, c.rows, c.count, first, last, c.y);
         c.updates.up(c.pieces, first, last, c.y);
       };
@@ -200,24 +197,24 @@ struct FloatProduct {
   struct Call : Product<float> {
     FloatWeight weight;
 
+    // Jobs of the adapters and tasks of the product together, so that no thread waits for the former; then what the adapters add.
     OrtStatus* run(const OrtKernelContext* context) {
       const auto begin = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        c.updates.down(c.pieces, c.updates.jobs[i], c.x);
+        const auto jobs = static_cast<int64_t>(c.updates.jobs.size()), at = static_cast<int64_t>(i);
+        if (at < jobs)
+          c.updates.down(c.pieces, c.updates.jobs[at], c.x);
+        else
+          product<F>(c.weight, c.x, c.count, c.first_of(at - jobs), c.first_of(at - jobs + 1), c.y);
       };
-      if (this->is_small(0)) {
-        for (size_t i = 0; i < this->updates.jobs.size(); ++i) begin(this, i);
-      } else if (auto* error = api.parallel_for(context, begin, this->updates.jobs.size(), 0, this)) {
-        return error;
-      }
+      if (auto* error = api.parallel_for(context, begin, this->updates.jobs.size() + this->tasks(), 0, this)) return error;
+      if (this->updates.jobs.empty()) return nullptr;
       this->updates.gather();
-      const auto part = [](void* data, size_t i) {
+      const auto add = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        const int64_t first = i * c.task, last = std::min(first + c.task, c.weight.rows);
-        product<F>(c.weight, c.x, c.count, first, last, c.y);
-        c.updates.up(c.pieces, first, last, c.y);
+        c.updates.up(c.pieces, c.first_of(i), c.first_of(i + 1), c.y);
       };
-      return api.parallel_for(context, part, this->tasks(), 0, this);
+      return api.parallel_for(context, add, this->tasks(), 0, this);
     }
   };
 };
