@@ -22,7 +22,7 @@ class Options:
         "What to compile for: onnxruntime, with kernels made for this CPU if there is a C++ compiler, or onnxruntime-plain, without.",
         metavar="NAME",
     )
-    precision: str = option("fp32", "How the base's weights are held: fp32, int8 or int4.", metavar="TYPE")
+    precision: str = option("fp32", "How the base's weights are held: fp32, bf16, int8 or int4.", metavar="TYPE")
     block_size: int | None = option(
         None,
         "Weights that share a scale: smaller is more exact and slower. Default: 32 for int4, 128 for int8 (64 or 32 where rows ask for it).",

@@ -45,7 +45,8 @@ def compile_graph(
     Args:
         graph: A graph folder, as ``export`` writes it.
         target: Name of a target.
-        precision: How the base's weights are held: ``"fp32"``, or in blocks of integers, ``"int8"`` or ``"int4"``.
+        precision: How the base's weights are held: ``"fp32"`` (as the checkpoint holds them), rounded to ``"bf16"``, or in blocks of
+            integers, ``"int8"`` or ``"int4"``.
         block_size: Weights that share a scale: smaller blocks are more exact and slower. ``None``: see
             :func:`default_block_size`.
         symmetric: Blocks have no zero point.

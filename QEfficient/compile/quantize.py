@@ -38,7 +38,7 @@ class Precision:
     """How a program holds the base's weights.
 
     Attributes:
-        name: ``"fp32"``, ``"int8"`` or ``"int4"``.
+        name: ``"fp32"``, ``"bf16"``, ``"int8"`` or ``"int4"``.
         block_size: Weights that share a scale.
         symmetric: Blocks have a scale only; otherwise a zero point too.
         keep: Patterns of weight names that stay one step higher: 8 bits in an int4 program, float32 in an int8 one.
@@ -51,10 +51,15 @@ class Precision:
 
     def bits(self, weight: str) -> int:
         """Return the bits of the weight of that name; 0: it stays as it is."""
-        if self.name not in BITS or any(fnmatch(weight, pattern) for pattern in ROUTERS):
+        if self.name not in BITS or is_router(weight):
             return 0
         kept = any(fnmatch(weight, pattern) for pattern in self.keep)
         return BITS[self.name] if not kept else {"int4": 8, "int8": 0}[self.name]
+
+
+def is_router(weight: str) -> bool:
+    """Whether the weight of that name chooses experts."""
+    return any(fnmatch(weight, pattern) for pattern in ROUTERS)
 
 
 class QuantizeWeights:

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
 from QEfficient.compile.attention import FuseCacheAttention, OwnAttention, attends
 from QEfficient.compile.blocks import BITS
+from QEfficient.compile.halves import RoundWeights
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
 from QEfficient.compile.mixed import GatherAdapterPieces
@@ -81,19 +82,28 @@ class OnnxRuntime:
         own_kernels: Use them where the machine can have them; otherwise ONNX Runtime's alone.
     """
 
-    precisions: tuple[str, ...] = ("fp32", "int8", "int4")
-
     def __init__(self, name: str = "onnxruntime", *, own_kernels: bool = True) -> None:
         self.name = name
         self._own_kernels = own_kernels
+        self.precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "int4") if own_kernels else ("fp32", "int8", "int4")
 
     def identity(self, precision: Precision, graph: Path) -> dict[str, str]:
-        """Return the version of ONNX Runtime, the CPU's instruction set, and the sources of the kernels that are used."""
+        """Return the version of ONNX Runtime, the CPU's instruction set, and the sources of the kernels that are used.
+
+        Raises:
+            UnsupportedError: The precision is ``bf16``, and this machine has none of our kernels.
+        """
+        if precision.name == "bf16" and (reason := why_not()):
+            raise UnsupportedError(
+                f"precision bf16 runs on kernels made for this CPU only: {reason}; or choose fp32 or int8"
+            )
         versions = {"onnxruntime": importlib.metadata.version("onnxruntime"), "cpu": instruction_set()}
         return {**versions, KERNELS: sources()} if self._has_kernels(precision, graph) else versions
 
     def _has_kernels(self, precision: Precision, graph: Path) -> bool:
-        return self._own_kernels and (precision.name in BITS or holds_halves(graph)) and not _why_no_kernels()
+        return (
+            self._own_kernels and (precision.name in {*BITS, "bf16"} or holds_halves(graph)) and not _why_no_kernels()
+        )
 
     def passes(self, manifest: Manifest, *, positions: int) -> tuple[Pass, ...]:
         """Return the rewrites that change no result, in their order; ``positions`` is the longest context, 0 if unknown."""
@@ -124,8 +134,8 @@ class OnnxRuntime:
         before = files_of(model)
         for rewrite in self.passes(manifest, positions=ctx_len or manifest.max_positions):
             model, _ = rewrite.apply(model)
-        quantized = QuantizeWeights(precision)
-        model, changed = quantized.apply(model)
+        rounded = RoundWeights() if precision.name == "bf16" else QuantizeWeights(precision)
+        model, changed = rounded.apply(model)
         model, _ = JoinAttentionProjections([spec.name for spec in manifest.adapter]).apply(model)
         specs = lowered_specs(model, manifest.adapter)
         tensors = [s.joined or s.name for s in specs if s.bound]
@@ -153,7 +163,7 @@ class OnnxRuntime:
             **({KERNELS: sources()} if own else {}),
         }
         if changed:
-            options["quantized"] = quantized.errors
+            options["quantized"] = rounded.errors
         return replace(
             manifest,
             adapter=specs,

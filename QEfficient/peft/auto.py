@@ -248,7 +248,8 @@ class QEffAutoPeftModelForCausalLM:
             prefill_seq_len: Most tokens of a prompt in one call.
             ctx_len: Longest context; default: the base's own, at most 2048.
             target: What to compile for.
-            precision: How the base's weights are held: ``"fp32"``, or in blocks of integers, ``"int8"`` or ``"int4"``.
+            precision: How the base's weights are held: ``"fp32"`` (as the checkpoint holds them), rounded to ``"bf16"``, or in blocks of
+                integers, ``"int8"`` or ``"int4"``.
             block_size: Weights that share a scale: smaller blocks are more exact and slower; default: 32 for ``"int4"``, up
                 to 128 for ``"int8"``, where nothing is lost by it.
             symmetric: Blocks have no zero point.

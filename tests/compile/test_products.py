@@ -10,7 +10,7 @@ import torch
 from QEfficient.compile import targets
 from QEfficient.compile.program import compile_graph
 from QEfficient.contract import KERNELS, MODEL_FILE, Manifest
-from QEfficient.errors import AdapterMismatchError, ArtifactError
+from QEfficient.errors import AdapterMismatchError, ArtifactError, UnsupportedError
 from QEfficient.kernels import library
 from QEfficient.runtime.session import OrtSession
 
@@ -118,6 +118,24 @@ def test_halves_are_read_where_they_lie(exported):
     assert (program / "weights.safetensors").samefile(graph / "weights.safetensors")
 
 
+@pytest.mark.parametrize(("style", "products"), [("qwen2", 2 * 7 + 1), ("gpt2", 2 * 4 + 1)])
+def test_rounded_to_bfloat16(exported, trace, style, products):
+    """A float32 checkpoint at bf16: what PyTorch's rounding of the weights gives, each weight's error noted; nothing else is rounded."""
+    made = exported(style)
+    program = compile_graph(made.graph, precision="bf16")
+    assert _operators(program)["Bfloat16Product"] == products
+    assert _operators(program)["MatMul"] + _operators(program)["Gemm"] == (0 if style == "qwen2" else 2 * 2 * 2)
+    errors = Manifest.read(program).options["quantized"]
+    assert len(errors) == products + (style == "gpt2")  # positions are an embedding, too; the other is tied to the head
+    assert all(1e-4 < e["error"] < 4e-3 and e["bits"] == 16 for e in errors.values())
+    wanted, results = OrtSession(made.graph, threads=2), []
+    for session in (wanted, OrtSession(program, threads=2)):
+        session.load_adapter("a", made.adapter)
+        session.set_adapter("a")
+        results.append(trace(session))
+    assert 1e-4 < _off(*results) < 0.01
+
+
 def test_float32_needs_no_kernels(exported, monkeypatch):
     """A checkpoint in float32 at precision fp32 is compiled without them: nobody waits for a compiler."""
     monkeypatch.setattr(targets, "_why_no_kernels", lambda: pytest.fail("asked for kernels"))
@@ -185,6 +203,8 @@ def test_without_a_compiler(exported, tmp_path, monkeypatch, caplog):
         with caplog.at_level(logging.WARNING):
             plain = compile_graph(made.graph, precision="int4", out=tmp_path)
             compile_graph(made.graph, precision="int8", out=tmp_path)
+            with pytest.raises(UnsupportedError, match="bf16 runs on kernels made for this CPU only: they need a C"):
+                compile_graph(made.graph, precision="bf16", out=tmp_path)
         assert [r.message for r in caplog.records if r.name == "qefficient.compile"] == [
             "products run on ONNX Runtime's kernels, not on those made for this CPU: they need a C++ compiler, "
             "and $CXX is 'no-such-compiler', which is not there; install one"

@@ -113,9 +113,13 @@ def test_failure_leaves_nothing(graph, monkeypatch):
         (
             {"precision": "int5"},
             UnsupportedError,
-            r"has no precision 'int5'; did you mean 'int8'\? \(it has: fp32, int8, int4\)",
+            r"has no precision 'int5'; did you mean 'int8'\? \(it has: fp32, bf16, int8, int4\)",
         ),
-        ({"precision": "bf16"}, UnsupportedError, "ONNX Runtime has no bfloat16 matrix product for CPUs"),
+        (
+            {"precision": "bf16", "target": "onnxruntime-plain"},
+            UnsupportedError,
+            "ONNX Runtime has no bfloat16 matrix product for CPUs",
+        ),
         (
             {"precision": "int4", "block_size": 48},
             ConfigError,
