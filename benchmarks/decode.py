@@ -2,7 +2,8 @@
 """How fast one row decodes with a switchable adapter: PyTorch with PEFT, our programs, and what the memory allows.
 
 A random base of Qwen2.5-0.5B's shape and a random LoRA of rank 16 on all seven projections are made, exported and compiled
-(once: the folder is kept). All multiply the same numbers, in float32 where they are called fp32. Then all subjects take turns, A B C A B C: one prompt, then single tokens. The last line is JSON.
+(once: the folder is kept). All multiply the same numbers, in float32 where they are called fp32. Then all subjects take turns,
+A B C A B C: one prompt, then single tokens. The last line is JSON.
 
 Where they can be imported, onnxruntime-genai takes part, with the adapter baked in by its own builder, and llama.cpp, with its
 LoRA. What is named with ``--skip`` stays out: a run of a few minutes may measure one precision.

@@ -4,13 +4,17 @@
 The products of our own (:class:`~QEfficient.compile.products.OwnFloatProducts`) multiply them. A checkpoint that holds 16 bits already is left as it is.
 """
 
+from typing import Any
+
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.matrices import MatrixUse, embedding, projection
+from QEfficient.compile.matrices import MatrixUse, matrix_uses
 from QEfficient.compile.quantize import is_router
+from QEfficient.compile.values import new_computed
 from QEfficient.compile.weightfile import read_weight
 
 
@@ -27,9 +31,8 @@ class RoundWeights:
     def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
         """Replace every match in ``model``; return it, and whether there was one."""
         graph, made, changed = model.graph, dict[tuple[str, bool], ir.Value](), False
-        for node in list(graph):
-            match = projection(node) or embedding(node)
-            if match is None or match.weight.dtype != ir.DataType.FLOAT or is_router(str(match.weight.name)):
+        for match in matrix_uses(graph):
+            if match.weight.dtype != ir.DataType.FLOAT or is_router(str(match.weight.name)):
                 continue
             key = (str(match.weight.name), match.by_column)
             if key not in made:
@@ -46,20 +49,17 @@ class RoundWeights:
         if held is None:
             raise ValueError(f"{weight.name} has no value")
 
-        def get() -> ir.TensorProtocol:
+        def get() -> npt.NDArray[Any]:
             whole = read_weight(held)
             rounded = whole.astype(ml_dtypes.bfloat16)
             wrong = np.square(rounded.astype(np.float32) - whole).sum(dtype=np.float64)
             size = np.square(whole).sum(dtype=np.float64)
             self.errors[str(weight.name)] = {"bits": 16, "error": float((wrong / size) ** 0.5) if size else 0.0}
-            return ir.tensor(np.ascontiguousarray(rounded.T if by_column else rounded))
+            made: npt.NDArray[Any] = rounded.T if by_column else rounded
+            return made
 
         name = f"{weight.name}_{'columns_' * by_column}bfloat16"
-        shape = ir.Shape([match.rows, match.columns])
-        tensor = ir.LazyTensor(get, dtype=ir.DataType.BFLOAT16, shape=shape, name=name)
-        value = ir.Value(name=name, shape=shape, type=ir.TensorType(ir.DataType.BFLOAT16), const_value=tensor)
-        graph.register_initializer(value)
-        return value
+        return new_computed(graph, name, ir.DataType.BFLOAT16, [match.rows, match.columns], get)
 
 
 def _read(graph: ir.Graph, match: MatrixUse, weight: ir.Value) -> None:

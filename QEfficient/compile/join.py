@@ -14,7 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.adapters import drop_unused_parts, note_parts
-from QEfficient.compile.values import CONTRIB, made_by, operands, take_over, two_products, used_once
+from QEfficient.compile.values import CONTRIB, made_by, new_computed, operands, take_over, two_products, used_once
 from QEfficient.compile.weightfile import read_weight
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
@@ -160,15 +160,7 @@ def _stacked(graph: ir.Graph, values: list[ir.Value]) -> ir.Value | None:
     rows = sum(t.shape.numpy()[0] for t in tensors)
     shape = [rows, *tensors[0].shape.numpy()[1:]]
     name = _common_name([str(v.name) for v in values])
-    tensor = ir.LazyTensor(
-        lambda: ir.tensor(np.concatenate([read_weight(t) for t in tensors])),
-        dtype=tensors[0].dtype,
-        shape=ir.Shape(shape),
-        name=name,
-    )
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value
+    return new_computed(graph, name, tensors[0].dtype, shape, lambda: np.concatenate([read_weight(t) for t in tensors]))
 
 
 def _common_name(names: Sequence[str]) -> str:

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Where a graph multiplies by a matrix of the checkpoint, or takes rows of one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from QEfficient.compile.values import made_by, new_constant, operands, stored_matrix, used_once
+from QEfficient.compile.values import made_by, new_constant, operands, replace_node, stored, used_once
 from QEfficient.compile.weightfile import read_weight
 
 
@@ -46,7 +47,15 @@ class MatrixUse:
         return int(tensor.shape[axis])  # type: ignore[arg-type]
 
 
-def projection(node: ir.Node) -> MatrixUse | None:
+def matrix_uses(graph: ir.Graph) -> Iterator[MatrixUse]:
+    """Yield what reads a matrix of the checkpoint; each may be replaced before the next is asked for."""
+    for node in tuple(graph):
+        match = _projection(node) or _embedding(node)
+        if match is not None:
+            yield match
+
+
+def _projection(node: ir.Node) -> MatrixUse | None:
     """Return the product by a matrix of the checkpoint that ``node`` is, or ``None``."""
     if node.domain or node.op_type not in {"MatMul", "Gemm"} or node.inputs[0] is None:
         return None
@@ -60,22 +69,22 @@ def projection(node: ir.Node) -> MatrixUse | None:
     transpose = made_by(weight, "Transpose")
     if transpose is not None and by_column:
         weight, by_column = transpose.inputs[0], False
-    stored = stored_matrix(weight)
-    if stored is None:
+    matrix = stored(weight, 2)
+    if matrix is None:
         return None
-    match = MatrixUse(node, node.inputs[0], stored, by_column, bias)
+    match = MatrixUse(node, node.inputs[0], matrix, by_column, bias)
     return match if bias is None or (bias.shape is not None and list(bias.shape) == [match.rows]) else None
 
 
-def embedding(node: ir.Node) -> MatrixUse | None:
+def _embedding(node: ir.Node) -> MatrixUse | None:
     """Return the rows of a matrix of the checkpoint that ``node`` takes, or ``None``."""
     if node.domain or node.op_type != "Gather" or node.inputs[1] is None:
         return None
     axis = node.attributes.get("axis")
-    stored = stored_matrix(node.inputs[0])
-    if stored is None or (axis is not None and axis.as_int() != 0):
+    matrix = stored(node.inputs[0], 2)
+    if matrix is None or (axis is not None and axis.as_int() != 0):
         return None
-    return MatrixUse(node, node.inputs[1], stored, is_embedding=True)
+    return MatrixUse(node, node.inputs[1], matrix, is_embedding=True)
 
 
 def with_bias(graph: ir.Graph, match: MatrixUse) -> tuple[ir.Value | None, ir.Node]:
@@ -95,17 +104,16 @@ def with_bias(graph: ir.Graph, match: MatrixUse) -> tuple[ir.Value | None, ir.No
     return None, match.node
 
 
+def replace_product(graph: ir.Graph, match: MatrixUse, last: ir.Node, new: ir.Node) -> None:
+    """Put ``new`` in the place of a product and what :func:`with_bias` found behind it."""
+    replace_node(graph, last, new)
+    if last is not match.node:
+        graph.remove(match.node, safe=True)
+
+
 def _as_float32(graph: ir.Graph, value: ir.Value) -> ir.Value | None:
     """Return a vector of the checkpoint, perhaps cast to float32, as an initializer of that type; ``None`` if ``value`` is none."""
-    cast = made_by(value, "Cast")
-    source = cast.inputs[0] if cast is not None else value
-    if (
-        source is None
-        or not source.is_initializer()
-        or source.const_value is None
-        or len(source.const_value.shape) != 1
-    ):
-        return None
-    if source.dtype == ir.DataType.FLOAT:
+    source = stored(value, 1)
+    if source is None or source.const_value is None or source.dtype == ir.DataType.FLOAT:
         return source
     return new_constant(graph, f"{source.name}_float32", read_weight(source.const_value).astype(np.float32))

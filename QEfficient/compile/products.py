@@ -9,14 +9,17 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.matrices import MatrixUse, embedding, projection, with_bias
+from QEfficient.compile.matrices import MatrixUse, matrix_uses, replace_product, with_bias
 from QEfficient.compile.values import CONTRIB, operands, replace_node, two_products, used_once
 from QEfficient.kernels.library import DOMAIN
 
 _SAME = ("K", "N", "bits", "block_size")
 _SMALLEST_BLOCK = 32
 _IN_BLOCKS = "BlockProduct"
-_OF_FLOATS = {ir.DataType.BFLOAT16: "Bfloat16Product", ir.DataType.FLOAT16: "Float16Product"}
+_OF_FLOATS: dict[ir.DataType | None, str] = {
+    ir.DataType.BFLOAT16: "Bfloat16Product",
+    ir.DataType.FLOAT16: "Float16Product",
+}
 _ADAPTER = {_IN_BLOCKS: 5} | dict.fromkeys(_OF_FLOATS.values(), 3)
 _GROUPS = 4
 """The place of ``MatMulNBits``' input that says which column is in which group; we never give it."""
@@ -56,9 +59,8 @@ class OwnFloatProducts:
     def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
         """Replace every match in ``model``; return it, and whether there was one."""
         changed = False
-        for node in list(model.graph):
-            match = projection(node) or embedding(node)
-            if match is None or match.weight.dtype not in _OF_FLOATS or match.by_column:
+        for match in matrix_uses(model.graph):
+            if match.weight.dtype not in _OF_FLOATS or match.by_column:
                 continue
             (_take_rows if match.is_embedding else _multiply)(model.graph, match)
             changed = True
@@ -71,11 +73,8 @@ class OwnFloatProducts:
 def _multiply(graph: ir.Graph, match: MatrixUse) -> None:
     bias, last = with_bias(graph, match)
     inputs = [match.x, match.weight, *([bias] if bias is not None else [])]
-    operator = _OF_FLOATS[match.weight.dtype or ir.DataType.BFLOAT16]
-    own = ir.node(operator, inputs, {"K": match.columns, "N": match.rows}, domain=DOMAIN)
-    replace_node(graph, last, own)
-    if last is not match.node:
-        graph.remove(match.node, safe=True)
+    sizes = {"K": match.columns, "N": match.rows}
+    replace_product(graph, match, last, ir.node(_OF_FLOATS[match.weight.dtype], inputs, sizes, domain=DOMAIN))
 
 
 def _take_rows(graph: ir.Graph, match: MatrixUse) -> None:

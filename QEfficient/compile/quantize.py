@@ -16,8 +16,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.blocks import BITS, Blocks, count_blocks, dequantize, quantize
-from QEfficient.compile.matrices import MatrixUse, embedding, projection, with_bias
-from QEfficient.compile.values import CONTRIB, new_constant, take_over
+from QEfficient.compile.matrices import MatrixUse, matrix_uses, replace_product, with_bias
+from QEfficient.compile.values import CONTRIB, new_computed, new_constant, replace_node
 from QEfficient.compile.weightfile import read_weight
 from QEfficient.errors import ConfigError
 
@@ -89,10 +89,9 @@ class QuantizeWeights:
         self._check_patterns(model)
         made: dict[tuple[str, bool], _Quantized] = {}
         changed = False
-        for node in list(model.graph):
-            match = projection(node) or embedding(node)
-            bits = self.precision.bits(str(match.weight.name)) if match is not None else 0
-            if match is None or not bits:
+        for match in matrix_uses(model.graph):
+            bits = self.precision.bits(str(match.weight.name))
+            if not bits:
                 continue
             if match.is_embedding and match.columns % self.precision.block_size:
                 continue
@@ -107,31 +106,21 @@ class QuantizeWeights:
         return model, changed
 
     def _check_patterns(self, model: ir.Model) -> None:
-        matches = (projection(node) or embedding(node) for node in model.graph)
-        names = {str(m.weight.name) for m in matches if m is not None}
+        names = {str(match.weight.name) for match in matrix_uses(model.graph)}
         for pattern in self.precision.keep:
             if not any(fnmatch(name, pattern) for name in names):
                 some = ", ".join(sorted(names)[:3])
                 raise ConfigError(f"keep {pattern!r} matches no weight (there are {len(names)}: {some}, …)")
 
-    def _quantized(self, graph: ir.Graph, match: "MatrixUse", bits: int) -> "_Quantized":
+    def _quantized(self, graph: ir.Graph, match: MatrixUse, bits: int) -> "_Quantized":
         """Return initializers that compute themselves when they are written."""
         weight = _Weight(str(match.weight.name), match.weight.const_value, match.by_column, bits)
         count = count_blocks(match.columns, self.precision.block_size)
         size = self.precision.block_size * bits // 8
 
-        def part(
-            suffix: str, dtype: ir.DataType, shape: Sequence[int], get: Callable[[Blocks], Array | None]
-        ) -> ir.Value:
-            tensor = ir.LazyTensor(
-                lambda: ir.tensor(np.ascontiguousarray(get(self._blocks(weight)))),
-                dtype=dtype,
-                shape=ir.Shape(shape),
-                name=f"{weight.name}_{'columns_' * weight.by_column}{suffix}",
-            )
-            value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
-            graph.register_initializer(value)
-            return value
+        def part(suffix: str, dtype: ir.DataType, shape: Sequence[int], get: Callable[[Blocks], Any]) -> ir.Value:
+            name = f"{weight.name}_{'columns_' * weight.by_column}{suffix}"
+            return new_computed(graph, name, dtype, shape, lambda: get(self._blocks(weight)))
 
         uint8, float32, rows = ir.DataType.UINT8, ir.DataType.FLOAT, match.rows
         zeros = None
@@ -209,9 +198,7 @@ def _multiply(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: 
         },
         domain=CONTRIB,
     )
-    graph.insert_before(last, fused)
-    take_over(last.outputs[0], fused.outputs[0])
-    graph.remove([last, match.node] if last is not match.node else match.node, safe=True)
+    replace_product(graph, match, last, fused)
 
 
 def _gather(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: Precision) -> None:
@@ -225,6 +212,5 @@ def _gather(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: Pr
         domain=CONTRIB,
     )
     rows.outputs[0].name = name
-    graph.insert_before(match.node, [rows, fused])
-    take_over(match.node.outputs[0], fused.outputs[0])
-    graph.remove(match.node, safe=True)
+    graph.insert_before(match.node, rows)
+    replace_node(graph, match.node, fused)

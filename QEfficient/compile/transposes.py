@@ -8,7 +8,7 @@ after the other, which takes longer than all else that loading does; its own pro
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from QEfficient.compile.values import CONTRIB, made_by, replace_node, stored_matrix
+from QEfficient.compile.values import CONTRIB, made_by, replace_node, stored
 
 
 class FuseWeightTranspose:
@@ -39,4 +39,4 @@ def _transposed(node: ir.Node) -> ir.Value | None:
     weight = transpose.inputs[0] if transpose is not None else None
     if weight is None or weight.dtype != ir.DataType.FLOAT or weight.shape is None or len(weight.shape) != 2:
         return None
-    return weight if stored_matrix(weight) is not None else None
+    return weight if stored(weight, 2) is not None else None

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Small questions and changes that the passes share: constants, shapes, one value taking the place of another."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,18 @@ def new_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Valu
     return value
 
 
+def new_computed(
+    graph: ir.Graph, name: str, dtype: ir.DataType, shape: Sequence[int], get: Callable[[], npt.NDArray[Any]]
+) -> ir.Value:
+    """Return a new initializer called ``name`` whose elements are computed when they are written."""
+    tensor = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(get())), dtype=dtype, shape=ir.Shape(shape), name=name
+    )
+    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """Let ``new`` stand for ``old`` wherever it is used, graph outputs included, under its name."""
     new.shape = old.shape
@@ -60,13 +73,13 @@ def made_by(value: ir.Value | None, op_type: str) -> ir.Node | None:
     return node if node is not None and node.op_type == op_type and node.domain in {"", "ai.onnx"} else None
 
 
-def stored_matrix(value: ir.Value | None) -> ir.Value | None:
-    """Return the float matrix in the checkpoint that ``value`` is, or ``None``."""
+def stored(value: ir.Value | None, rank: int) -> ir.Value | None:
+    """Return the float tensor of so many dimensions in the checkpoint that ``value`` is, perhaps cast, or ``None``."""
     cast = made_by(value, "Cast")
     source = cast.inputs[0] if cast is not None else value
     if source is None or not source.is_initializer() or source.is_graph_input() or source.const_value is None:
         return None
-    return source if source.const_value.dtype in _FLOATS and len(source.const_value.shape) == 2 else None
+    return source if source.const_value.dtype in _FLOATS and len(source.const_value.shape) == rank else None
 
 
 def operands(node: ir.Node | None) -> tuple[ir.Value, ir.Value] | None:
