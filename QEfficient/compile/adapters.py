@@ -135,6 +135,11 @@ def note_parts(value: ir.Value, parts: Sequence[tuple[ir.Value, tuple[int, ...]]
     value.metadata_props[_PARTS] = json.dumps(noted)
 
 
+def part_starts(value: ir.Value) -> tuple[int, ...]:
+    """Return the first column of each part of the joined ``B`` that ``value`` is; nothing if it is none."""
+    return tuple(columns[0] for *_, columns in json.loads(value.metadata_props.get(_PARTS, "[]")))
+
+
 def drop_unused_parts(model: ir.Model) -> None:
     """Remove adapter inputs that are parts of others now."""
     parts = {part[0] for value in model.graph.inputs for part in json.loads(value.metadata_props.get(_PARTS, "[]"))}

@@ -139,9 +139,15 @@ def session(made: Any, library: Path, threads: int = 1) -> onnxruntime.Inference
     return onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def model(weight: "Blocks | Floats", bias: Array | None = None, *, adapters: bool = False) -> Any:
-    """Return a model of one product: ``x`` ``(M, K)``, and ``a``, ``b`` and ``places`` if there are adapters, to ``y``."""
+def model(
+    weight: "Blocks | Floats", bias: Array | None = None, *, adapters: bool = False, starts: Sequence[int] = ()
+) -> Any:
+    """Return a model of one product: ``x`` ``(M, K)``, and ``a``, ``b`` and ``places`` if there are adapters, to ``y``.
+
+    Where there are ``starts``, each part of an adapter's ranks adds to the columns from its start to the next one's.
+    """
     parts = {**weight.parts(), "bias": bias}
+    sizes = {**weight.sizes(), **({"starts": [*starts]} if starts else {})}
     names = ["x", *(name if array is not None else "" for name, array in parts.items())]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", weight.columns])]
     if adapters:
@@ -150,7 +156,7 @@ def model(weight: "Blocks | Floats", bias: Array | None = None, *, adapters: boo
         inputs += [helper.make_tensor_value_info(name, held, None) for name in "ab"]
         inputs += [helper.make_tensor_value_info("places", TensorProto.FLOAT, [None, None, None])]
     graph = helper.make_graph(
-        [helper.make_node(weight.operator, names, ["y"], domain=DOMAIN, **weight.sizes())],
+        [helper.make_node(weight.operator, names, ["y"], domain=DOMAIN, **sizes)],
         "graph",
         inputs,
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
@@ -199,36 +205,36 @@ def wrong_updates(library: Path) -> list[str]:
     """Return a line for each way in which the library adds adapters wrongly: one for all rows, and different ones for each."""
     found = []
     rng = np.random.default_rng(1)
-    blocks = Blocks.random(rng, 37, 1240, bits=4, block_size=128, zeros=False)
-    floats = Floats(rng.standard_normal((37, 1240)).astype(ml_dtypes.bfloat16))
+    blocks = Blocks.random(rng, 37, 1243, bits=4, block_size=128, zeros=False)
+    floats = Floats(rng.standard_normal((37, 1243)).astype(ml_dtypes.bfloat16))
     weights: tuple[Blocks | Floats, ...] = (blocks, floats)
-    for weight, ranks in itertools.product(weights, ((5, 0, 37), (16, 16, 16), (64, 3, 0))):
-        run = session(model(weight, adapters=True), library, threads=2)
+    cases = (((5, 0, 37), ()), ((16, 16, 16), ()), ((64, 3, 0), ()), ((20, 32, 4), (0, 19)), ((48, 0, 60), (7, 9, 30)))
+    for weight, (ranks, starts) in itertools.product(weights, cases):
+        run = session(model(weight, adapters=True, starts=starts), library, threads=2)
         adapters = [
-            tuple(rng.standard_normal(shape).astype(weight.adapters) for shape in ((1240, r), (r, 37))) for r in ranks
+            tuple(rng.standard_normal(shape).astype(weight.adapters) for shape in ((1243, r), (r, 37))) for r in ranks
         ]
         chosen = rng.integers(0, len(ranks), 11)
-        x = rng.standard_normal((11, 1240)).astype(np.float32)
+        x = rng.standard_normal((11, 1243)).astype(np.float32)
         wanted = product(x, weight)
         for row, of in enumerate(chosen):
             a, b = (t.astype(np.float64) for t in adapters[of])
-            wanted[row] += x[row] @ a @ b
-        got = run.run(None, {"x": x, **pieces(adapters, chosen)})[0]
+            wanted[row] += x[row] @ a @ (b * counted(len(b), 37, starts))
+        got = run.run(None, {"x": x, **pieces(adapters, chosen, starts=starts)})[0]
         off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
         if not off < TOLERANCE:
-            kind = f"{weight.operator}, adapters of ranks {ranks} in one call"
+            kind = f"{weight.operator}, adapters of ranks {ranks} in one call{f', from {starts} on' if starts else ''}"
             found.append(f"{kind}: off by {off:.1e} of the largest value")
         ones = np.ones((1, 1, 1), np.float32)
         for of, (a, b) in enumerate(
             adapters if weight is blocks else ()
         ):  # products of floats depend on how many rows there are
-            rows = np.flatnonzero(chosen == of)
-            if a.shape[1] and len(rows):
-                alone = run.run(None, {"x": x[rows], "a": a, "b": b, "places": ones})[0]
-                if not np.array_equal(alone, got[rows]):
-                    found.append(
-                        f"an adapter of rank {a.shape[1]}: rows differ from what they are without other adapters"
-                    )
+            if not a.shape[1]:
+                continue
+            for at in np.flatnonzero(chosen == of):
+                alone = run.run(None, {"x": x[at : at + 1], "a": a, "b": b, "places": ones})[0]
+                if not np.array_equal(alone[0], got[at]):
+                    found.append(f"an adapter of rank {a.shape[1]}: a row depends on the rows and adapters beside it")
     return found
 
 
@@ -351,16 +357,30 @@ def wrong_attention(library: Path) -> list[str]:
     return found
 
 
-def pieces(adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16) -> dict[str, Array]:
+def counted(rank: int, columns: int, starts: Sequence[int]) -> Array:
+    """Return which numbers of ``B`` ``(rank, columns)`` count: each part of the ranks has those from its start to the next one's."""
+    if not starts:
+        return np.ones((rank, columns), bool)
+    at = np.arange(columns)
+    parts = [(at >= a) & (at < b) for a, b in itertools.pairwise([*starts, columns])]
+    return np.repeat(parts, rank // len(parts), 0)
+
+
+def pieces(
+    adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16, starts: Sequence[int] = ()
+) -> dict[str, Array]:
     """Return the inputs for rows with these adapters ``(A, B)``: cut into pieces, the last of each filled up with zeros."""
     cut_a, cut_b, columns = [], [], []
+    parts = max(1, len(starts))
     for of, (a, b) in enumerate(adapters):
-        for first in range(0, a.shape[1], ranks):
-            count = min(ranks, a.shape[1] - first)
-            cut_a.append(np.pad(a[:, first : first + ranks], ((0, 0), (0, ranks - count)))[None])
-            cut_b.append(np.pad(b[first : first + ranks], ((0, ranks - count), (0, 0)))[None])
+        rank = a.shape[1] // parts
+        for first in range(0, rank, ranks):
+            fill = (0, max(0, first + ranks - rank))
+            some = slice(first, first + ranks)
+            cut_a.append([np.hstack([np.pad(part[:, some], ((0, 0), fill)) for part in np.split(a, parts, 1)])])
+            cut_b.append([np.vstack([np.pad(part[some], (fill, (0, 0))) for part in np.split(b, parts)])])
             columns.append(chosen == of)
-    return {"a": np.stack(cut_a), "b": np.stack(cut_b), "places": np.stack(columns, -1)[:, None].astype(np.float32)}
+    return {"a": np.array(cut_a), "b": np.array(cut_b), "places": np.stack(columns, -1)[:, None].astype(np.float32)}
 
 
 def wrong(library: Path) -> list[str]:

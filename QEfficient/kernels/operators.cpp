@@ -44,6 +44,19 @@ struct Tensor {
   }
 };
 
+// The columns of y that each part of an adapter's ranks adds to: the attribute `starts`, one number for each part. All add to all without it.
+struct Shares {
+  std::vector<int64_t> starts = {0};
+
+  OrtStatus* create(const OrtKernelInfo* info, int64_t rows) {
+    if (auto* error = api.attribute(info, "starts", &starts)) return error;
+    const bool ordered = std::is_sorted(starts.begin(), starts.end());
+    if (starts.empty() || !ordered || starts.front() < 0 || starts.back() >= rows)
+      return api.status(kInvalidArgument, "a product: starts are not columns of y in their order");
+    return nullptr;
+  }
+};
+
 // A product with what adapters add: x (..., K) becomes y (..., N), a (K, r) or (C, 1, K, p) and b (r, N) or (C, 1, p, N) are added as updates.h has it.
 template <class T>
 struct Product {
@@ -54,11 +67,12 @@ struct Product {
   Updates updates;
 
   // Reads a call's inputs and makes its output.
-  OrtStatus* open(OrtKernelContext* context, Tensor& in, const Tensor& a, const Tensor& b, const Tensor& places, int64_t columns, int64_t rows) {
+  OrtStatus* open(OrtKernelContext* context, Tensor& in, const Tensor& a, const Tensor& b, const Tensor& places, const Shares& shares,
+                  int64_t columns, int64_t rows) {
     if (in.rank < 1 || in.dims[in.rank - 1] != columns) return api.status(kInvalidArgument, "a product: the last dimension of x is not K");
     count = 1;
     for (size_t i = 0; i + 1 < in.rank; ++i) count *= in.dims[i];
-    pieces = {0, columns, 0, rows, a.as<T>(), b.as<T>()};
+    pieces = {0, columns, 0, rows, a.as<T>(), b.as<T>(), shares.starts.data(), static_cast<int64_t>(shares.starts.size())};
     if (a.data) {
       pieces.count = a.rank == 4 ? a.dims[0] : 1;
       pieces.ranks = a.rank >= 2 ? a.dims[a.rank - 1] : 0;
@@ -68,6 +82,7 @@ struct Product {
       };
       if (!fits(a, columns, pieces.ranks) || !fits(b, pieces.ranks, rows))
         return api.status(kInvalidArgument, "a product: a and b are not (K, r) and (r, N), nor pieces of such");
+      if (pieces.ranks % pieces.shares) return api.status(kInvalidArgument, "a product: the ranks are not as many for each of the starts");
       const bool one = !places.data || (pieces.count == 1 && places.rank == 3 && places.dims[0] == 1);
       if (!one && (places.rank != 3 || places.dims[2] != pieces.count || places.dims[0] < 1 || count % places.dims[0]))
         return api.status(kInvalidArgument, "a product: places do not fit the rows and the pieces");
@@ -94,11 +109,12 @@ struct Product {
   int64_t first_of(int64_t i) const { return std::min(i * task, pieces.rows); }  // column of a task; of the one behind the last: their number
 };
 
-// BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits and block_size: weights in blocks
-// as in products.h, adapters in float16.
+// BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits, block_size and perhaps starts:
+// weights in blocks as in products.h, adapters in float16.
 struct BlockProduct {
   enum Input { kX, kData, kScales, kZeros, kBias, kA, kB, kPlaces, kInputs };
   Weight weight{};
+  Shares shares;
 
   OrtStatus* create(const OrtKernelInfo* info) {
     int64_t bits = 0;
@@ -109,7 +125,7 @@ struct BlockProduct {
     if (w.rows < 1 || w.columns < 1 || (bits != 4 && bits != 8) || w.block < 32 || w.block > 256 || w.block & (w.block - 1))
       return api.status(kInvalidArgument, "BlockProduct: bits must be 4 or 8, block_size 32, 64, 128 or 256, N and K positive");
     w.blocks = (w.columns + w.block - 1) / w.block;
-    return nullptr;
+    return shares.create(info, w.rows);
   }
 
   OrtStatus* compute(OrtKernelContext* context) const {
@@ -122,7 +138,7 @@ struct BlockProduct {
     w.zeros = in[kZeros].as<uint8_t>();
     w.bias = in[kBias].as<float>();
     thread_local Call call;  // of the calling thread; the session's other threads take parts of it
-    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], w.columns, w.rows)) return error;
+    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], shares, w.columns, w.rows)) return error;
     if (call.count == 0) return nullptr;
     call.weight = &w;
     call.divide(w.row_bytes(), 8);
@@ -165,18 +181,19 @@ struct BlockProduct {
   };
 };
 
-// Bfloat16Product and Float16Product(x float (..., K), data (N, K), bias?, a?, b?, places?) -> (..., N), of the attributes K and N: weights as in floats.h,
-// adapters in float32.
+// Bfloat16Product and Float16Product(x float (..., K), data (N, K), bias?, a?, b?, places?) -> (..., N), of the attributes K, N and perhaps starts: weights
+// as in floats.h, adapters in float32.
 template <class F>
 struct FloatProduct {
   enum Input { kX, kData, kBias, kA, kB, kPlaces, kInputs };
   FloatWeight weight{};
+  Shares shares;
 
   OrtStatus* create(const OrtKernelInfo* info) {
     for (auto [name, out] : {std::pair{"N", &weight.rows}, {"K", &weight.columns}})
       if (auto* error = api.attribute(info, name, out)) return error;
     if (weight.rows < 1 || weight.columns < 1) return api.status(kInvalidArgument, "a product of floats: N and K must be positive");
-    return nullptr;
+    return shares.create(info, weight.rows);
   }
 
   OrtStatus* compute(OrtKernelContext* context) const {
@@ -187,7 +204,7 @@ struct FloatProduct {
     w.data = in[kData].template as<uint16_t>();
     w.bias = in[kBias].template as<float>();
     thread_local Call call;
-    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], w.columns, w.rows)) return error;
+    if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], shares, w.columns, w.rows)) return error;
     if (call.count == 0) return nullptr;
     call.weight = w;
     call.divide(w.columns * sizeof(uint16_t), kPanel);

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 constexpr uint32_t kApiVersion = 20;
 
@@ -48,6 +49,16 @@ struct Api {
   OrtStatus* shape(const OrtValue* value, OrtTensorTypeAndShapeInfo** out) const { return call<65>(value, out); }
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, float* out) const { return call<85>(info, name, out); }
   OrtStatus* attribute(const OrtKernelInfo* info, const char* name, int64_t* out) const { return call<86>(info, name, out); }
+  // Several numbers; `out` stays as it is where there is no such attribute.
+  OrtStatus* attribute(const OrtKernelInfo* info, const char* name, std::vector<int64_t>* out) const {
+    size_t size = 0;
+    if (auto* absent = call<163>(info, name, static_cast<int64_t*>(nullptr), &size)) {
+      reinterpret_cast<void (*const*)(void*)>(table)[93](absent);
+      return nullptr;
+    }
+    out->resize(size);
+    return call<163>(info, name, out->data(), &size);
+  }
   OrtStatus* input(const OrtKernelContext* c, size_t i, const OrtValue** out) const { return call<90>(c, i, out); }
   OrtStatus* output(OrtKernelContext* c, size_t i, const int64_t* dims, size_t n, OrtValue** out) const {
     return call<91>(c, i, dims, n, out);

@@ -51,6 +51,7 @@ struct Sum {
     lanes = _mm256_dpbusd_avx_epi32(lanes, w, x);
 #endif
   }
+  void join(Sum other) { lanes = _mm256_add_epi32(lanes, other.lanes); }
   void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
   static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }  // both fit into 16 bits
   __m256i total() const { return lanes; }
@@ -61,6 +62,7 @@ using Sum8 = Sum;
 struct Sum4 {  // of up to 8 additions, each of at most 2 * 15 * 127, in 16 bits
   __m256i lanes = _mm256_setzero_si256();
   void add(__m256i w, __m256i x) { lanes = _mm256_add_epi16(lanes, _mm256_maddubs_epi16(w, x)); }
+  void join(Sum4 other) { lanes = _mm256_add_epi16(lanes, other.lanes); }
   void take(__m256i taken) { lanes = _mm256_sub_epi16(lanes, taken); }
   static __m256i times(__m256i sums, __m256i zeros) { return _mm256_mullo_epi16(sums, _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16))); }
   __m256i total() const { return _mm256_madd_epi16(lanes, _mm256_set1_epi16(1)); }
@@ -68,6 +70,7 @@ struct Sum4 {  // of up to 8 additions, each of at most 2 * 15 * 127, in 16 bits
 struct Sum8 {  // products of 8-bit numbers do not fit pairwise into 16 bits: both sides are 16 bits wide
   __m256i lanes = _mm256_setzero_si256();
   void add(__m256i w, __m256i x) { lanes = _mm256_add_epi32(lanes, _mm256_madd_epi16(w, x)); }
+  void join(Sum8 other) { lanes = _mm256_add_epi32(lanes, other.lanes); }
   void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
   static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }
   __m256i total() const { return lanes; }
@@ -284,12 +287,14 @@ inline void add_group(const uint8_t* weights, const float* scales, const uint8_t
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const auto* x = reinterpret_cast<const __m256i*>(panel + m * Group::kPanelBytes);
-    typename Group::Sum sum;
+    typename Group::Sum sum, other;  // two, so that one addition does not wait for the other
 #pragma GCC unroll 8
-    for (int i = 0; i < Group::kParts; ++i) {
+    for (int i = 0; i < Group::kParts; i += 2) {
       sum.add(parts[i], _mm256_load_si256(x + i));
-      if (M > 1) asm("" : "+x"(sum.lanes));  // one after the other: with all products first there are not registers enough for the weights
+      other.add(parts[i + 1], _mm256_load_si256(x + i + 1));
+      if (M > 1) asm("" : "+x"(sum.lanes), "+x"(other.lanes));  // in this order: with all products first there are not registers enough for the weights
     }
+    sum.join(other);
     const __m256i taken = _mm256_load_si256(x + Group::kParts);
     sum.take(kZeros ? Group::Sum::times(taken, zero) : taken);
     const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(reinterpret_cast<const float*>(x + Group::kParts + 1)));
@@ -325,14 +330,18 @@ void tile(const Weight& w, const Rows& x, int64_t m0, int64_t n0, float* y) {
       std::copy_n(sums, M, totals + r * M);
     }
   }
-  float sums[std::max(4, R * M)];
-  for (int i = 0; i < R * M; i += 4) {
-    const __m256 none = _mm256_setzero_ps();
-    _mm_storeu_ps(sums + i, sums_of(totals[i], i + 1 < M * R ? totals[i + 1] : none, i + 2 < M * R ? totals[i + 2] : none,
-                                    i + 3 < M * R ? totals[i + 3] : none));
+  for (int m = 0; m < M; ++m) {
+    float* to = y + (m0 + m) * w.rows + n0;
+    if constexpr (R % 4 == 0) {
+      for (int r = 0; r < R; r += 4) {
+        const __m256* of = totals + r * M + m;
+        const __m128 bias = w.bias ? _mm_loadu_ps(w.bias + n0 + r) : _mm_setzero_ps();
+        _mm_storeu_ps(to + r, _mm_add_ps(sums_of(of[0], of[M], of[2 * M], of[3 * M]), bias));
+      }
+    } else {
+      for (int r = 0; r < R; ++r) to[r] = sum_of(totals[r * M + m]) + (w.bias ? w.bias[n0 + r] : 0.f);
+    }
   }
-  for (int m = 0; m < M; ++m)
-    for (int r = 0; r < R; ++r) y[(m0 + m) * w.rows + n0 + r] = sums[r * M + m] + (w.bias ? w.bias[n0 + r] : 0.f);
 }
 
 template <class Layout, int M, int R>

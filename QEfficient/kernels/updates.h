@@ -18,6 +18,8 @@ struct Pieces {
   int64_t count, columns, ranks, rows;  // C, K, p, N
   const T* a;                           // (C, K, p)
   const T* b;                           // (C, p, N)
+  const int64_t* starts;                // each of `shares` equal parts of the ranks adds to the columns from its start to the next one's alone
+  int64_t shares;
 };
 
 // Rows of x that use a piece: some of `Updates::rows`, from `first` on.
@@ -44,12 +46,13 @@ void store(float* p, __m256 value, int64_t left) {
   std::memcpy(p, some, left * sizeof(float));
 }
 
-// y[m][c] += sum over k of x[m][k] * w[k][c], for M rows and V registers of columns, of which `left` columns are there.
-template <int M, int V, bool kEnds, class T>
+// y[m][c] += sum over k of x[m][k] * w[k][c], for M rows and V registers of columns, of which `left` columns are there. The sum begins with y, or with
+// zeros, and is added to y then.
+template <int M, int V, bool kEnds, bool kApart, class T>
 void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* const* y) {
   __m256 totals[M][V];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) totals[m][v] = load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) totals[m][v] = kApart ? _mm256_setzero_ps() : load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
   for (int64_t k = 0; k < depth; ++k, w += stride) {
     __m256 parts[V];
     for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w + v * kLanes, left - v * kLanes);
@@ -58,26 +61,74 @@ void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride
       for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) store<kEnds>(y[m] + v * kLanes, totals[m][v], left - v * kLanes);
+  for (int m = 0; m < M; ++m) {
+    for (int v = 0; v < V; ++v) {
+      float* to = y[m] + v * kLanes;
+      if (kApart) totals[m][v] = _mm256_add_ps(load<kEnds>(to, left - v * kLanes), totals[m][v]);
+      store<kEnds>(to, totals[m][v], left - v * kLanes);
+    }
+  }
 }
 
 // The same for any number of columns.
-template <int M, class T>
+template <int M, bool kApart, class T>
 void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* const* y) {
-  constexpr int kWide = M == 1 ? 8 : 2;
   float* at[M];
   for (int64_t c = 0; c < columns;) {
     for (int m = 0; m < M; ++m) at[m] = y[m] + c;
     const int64_t left = columns - c;
-    if (left >= kWide * kLanes) {
-      accumulate<M, kWide, false>(x, depth, w + c, stride, left, at);
-      c += kWide * kLanes;
-    } else if (left >= 2 * kLanes) {
-      accumulate<M, 2, false>(x, depth, w + c, stride, left, at);
+    if (left >= 2 * kLanes) {
+      accumulate<M, 2, false, kApart>(x, depth, w + c, stride, left, at);
       c += 2 * kLanes;
     } else {
-      accumulate<M, 1, true>(x, depth, w + c, stride, left, at);
+      accumulate<M, 1, true, kApart>(x, depth, w + c, stride, left, at);
+      c += kLanes;
+    }
+  }
+}
+
+// The quarters of a sum: the last takes what is left over.
+constexpr int kQuarters = 4;
+inline int64_t quarter_of(int64_t depth, int quarter) { return quarter < kQuarters ? depth / kQuarters * quarter : depth; }
+
+// y[c] += sum over k of x[k] * w[k][c], of each quarter for itself, so that one addition does not wait for the other: S quarters at once.
+template <int S, int V, bool kEnds, class T>
+void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* y) {
+  const int64_t each = depth / kQuarters;
+  for (int first = 0; first < kQuarters; first += S) {
+    __m256 totals[S][V];
+    for (auto& of : totals)
+      for (__m256& total : of) total = _mm256_setzero_ps();
+    const auto add = [&](int s, int64_t k) {
+      const __m256 one = _mm256_broadcast_ss(x + k);
+      for (int v = 0; v < V; ++v) totals[s][v] = _mm256_fmadd_ps(one, load<kEnds>(w + k * stride + v * kLanes, left - v * kLanes), totals[s][v]);
+    };
+    for (int64_t k = first * each; k < (first + 1) * each; ++k)
+#pragma GCC unroll 4
+      for (int s = 0; s < S; ++s) add(s, k + s * each);
+    if (first + S == kQuarters)
+      for (int64_t k = kQuarters * each; k < depth; ++k) add(S - 1, k);
+    for (int v = 0; v < V; ++v) {
+      __m256 sum = load<kEnds>(y + v * kLanes, left - v * kLanes);
+      for (int s = 0; s < S; ++s) sum = _mm256_add_ps(sum, totals[s][v]);
+      store<kEnds>(y + v * kLanes, sum, left - v * kLanes);
+    }
+  }
+}
+
+// The same for any number of columns.
+template <class T>
+void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* y) {
+  for (int64_t c = 0; c < columns;) {
+    const int64_t left = columns - c;
+    if (left >= 4 * kLanes) {
+      accumulate_quarters<2, 4, false>(x, depth, w + c, stride, left, y + c);
+      c += 4 * kLanes;
+    } else if (left >= 2 * kLanes) {
+      accumulate_quarters<4, 2, false>(x, depth, w + c, stride, left, y + c);
+      c += 2 * kLanes;
+    } else {
+      accumulate_quarters<4, 1, true>(x, depth, w + c, stride, left, y + c);
       c += kLanes;
     }
   }
@@ -146,12 +197,21 @@ struct Updates {
   // A job's products with A.
   template <class T>
   void down(const Pieces<T>& pieces, const Job& job, const float* x) {
-    const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin);
-    const T* a = pieces.a + (job.piece * pieces.columns + begin) * pieces.ranks;
-    float* made = products.data() + job.part * rows.size() * pieces.ranks;
+    const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin), ranks = pieces.ranks;
+    const T* a = pieces.a + (job.piece * pieces.columns + begin) * ranks;
+    float* made = products.data() + job.part * rows.size() * ranks;
     const auto from = [&](int64_t i) { return x + rows[i] * pieces.columns + begin; };
-    const auto to = [&](int64_t i) { return made + i * pieces.ranks; };
-    for_rows(job.first, job.count, from, to, depth, a, pieces.ranks, pieces.ranks);
+    const auto to = [&](int64_t i) { return made + i * ranks; };
+    int64_t i = job.first;
+    for (; i + 4 <= job.first + job.count; i += 4) {
+      for (int q = 0; q < kQuarters; ++q) {  // as for a row alone
+        const int64_t k = quarter_of(depth, q);
+        const float* of[] = {from(i) + k, from(i + 1) + k, from(i + 2) + k, from(i + 3) + k};
+        float* y[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
+        accumulate<4, true>(of, quarter_of(depth, q + 1) - k, a + k * ranks, ranks, ranks, y);
+      }
+    }
+    for (; i < job.first + job.count; ++i) accumulate_quarters(from(i), depth, a, ranks, ranks, to(i));
   }
 
   // Adds up the parts, in their order.
@@ -163,31 +223,31 @@ struct Updates {
   // Adds what the columns from `begin` to `end` of y get.
   template <class T>
   void up(const Pieces<T>& pieces, int64_t begin, int64_t end, float* y) const {
-    const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks; };
-    const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + begin; };
-    for (const Use& use : uses)
-      for_rows(use.first, use.count, from, to, pieces.ranks, pieces.b + use.piece * pieces.ranks * pieces.rows + begin, pieces.rows, end - begin);
+    const int64_t depth = pieces.ranks / pieces.shares;
+    for (int64_t s = 0; s < pieces.shares; ++s) {
+      const int64_t first = std::max(begin, pieces.starts[s]), last = std::min(end, s + 1 < pieces.shares ? pieces.starts[s + 1] : pieces.rows);
+      if (first >= last) continue;
+      for (const Use& use : uses) up(pieces, use, s * depth, depth, first, last - first, y);
+    }
   }
 
  private:
-  template <class T, class From, class To>
-  static void for_rows(int64_t first, int64_t count, From from, To to, int64_t depth, const T* w, int64_t stride, int64_t columns) {
-    int64_t i = first;
-    for (; i + 4 <= first + count; i += 4) {
-      const float* x[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};
-      float* y[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
-      accumulate<4>(x, depth, w, stride, columns, y);
+  // The same for some ranks of one piece.
+  template <class T>
+  void up(const Pieces<T>& pieces, const Use& use, int64_t rank, int64_t depth, int64_t column, int64_t columns, float* y) const {
+    const T* b = pieces.b + (use.piece * pieces.ranks + rank) * pieces.rows + column;
+    const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks + rank; };
+    const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + column; };
+    int64_t i = use.first;
+    for (; i + 4 <= use.first + use.count; i += 4) {
+      const float* of[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};
+      float* at[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
+      accumulate<4, false>(of, depth, b, pieces.rows, columns, at);
     }
-    for (; i < first + count; ++i) {
-      const float* x[] = {from(i)};
-      float* y[] = {to(i)};
-      if (stride == columns) {
-        accumulate<1>(x, depth, w, stride, columns, y);
-      } else {
-        int64_t used = depth;
-        while (used > 0 && x[0][used - 1] == 0) --used;  // ranks that only fill a piece
-        accumulate_along(*x, used, w, stride, columns, *y);
-      }
+    for (; i < use.first + use.count; ++i) {
+      int64_t used = depth;
+      while (used > 0 && from(i)[used - 1] == 0) --used;  // ranks that only fill a piece
+      accumulate_along(from(i), used, b, pieces.rows, columns, to(i));
     }
   }
 };

@@ -78,6 +78,15 @@ def test_every_product_and_every_adapter(exported):
     assert plain["BlockProduct"] == 0
 
 
+def test_zeros_beside_joined_adapters_are_not_read(exported):
+    """Queries, keys and values are one product, and the ranks of each add to its own columns alone."""
+    model = ir.load(compile_graph(exported("qwen2").graph, precision="int4") / MODEL_FILE)
+    products = [node for node in model.graph if node.op_type == "BlockProduct"]
+    starts = [tuple(node.attributes["starts"].as_ints()) for node in products if "starts" in node.attributes]
+    queries, keys = 64, 32
+    assert starts == [(0, queries + keys)] * 2  # the adapter changes queries and values
+
+
 def test_small_blocks_are_left_alone(exported):
     """Blocks of 16 have no kernel of ours, and a program without one needs no library."""
     program = compile_graph(exported("llama").graph, precision="int4", block_size=16)

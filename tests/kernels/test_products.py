@@ -88,6 +88,27 @@ def test_adapters_of_other_shapes_are_refused(library, a, b, places, message):
         run.run(None, {"x": np.zeros((3, 96), np.float32), **feeds})
 
 
+@pytest.mark.parametrize("starts", [(6,), (-1, 3), (3, 2)], ids=str)
+def test_starts_that_are_no_columns_are_refused(library, starts):
+    """They are an error when the program is loaded."""
+    weight = Blocks.random(np.random.default_rng(0), 6, 96, bits=4, block_size=32, zeros=False)
+    with pytest.raises(Exception, match="starts are not columns"):
+        session(model(weight, adapters=True, starts=starts), library)
+
+
+def test_ranks_that_are_not_as_many_for_each_start_are_refused(library):
+    """Three ranks for two kinds of columns are an error."""
+    weight = Blocks.random(np.random.default_rng(0), 6, 96, bits=4, block_size=32, zeros=False)
+    run = session(model(weight, adapters=True, starts=(0, 2)), library)
+    feeds = {
+        "a": np.zeros((96, 3), np.float16),
+        "b": np.zeros((3, 6), np.float16),
+        "places": np.ones((1, 1, 1), np.float32),
+    }
+    with pytest.raises(Exception, match="not as many for each"):
+        run.run(None, {"x": np.zeros((3, 96), np.float32), **feeds})
+
+
 def test_rows_of_several_tokens(library):
     """Prompts of several rows: each token takes its row's adapter."""
     rng = np.random.default_rng(0)
@@ -115,7 +136,22 @@ FAULTS = {
         "for (; k < columns; k += kLanes)",
         "for (; k + kLanes <= columns; k += kLanes)",
     ),
-    "ranks that are left out": ("updates.h", "to, pieces.ranks, pieces.b", "to, pieces.ranks / 2, pieces.b"),
+    "ranks that are left out": (
+        "updates.h",
+        "up(pieces, use, s * depth, depth,",
+        "up(pieces, use, s * depth, depth / 2,",
+    ),
+    "columns that belong to others": ("updates.h", "std::max(begin, pieces.starts[s])", "begin"),
+    "what the quarters leave over": (
+        "updates.h",
+        "k = kQuarters * each; k < depth",
+        "k = kQuarters * each; k + 1 < depth",
+    ),
+    "quarters of rows together that are not those of one alone": (
+        "updates.h",
+        "depth / kQuarters * quarter",
+        "depth * quarter / kQuarters",
+    ),
     "a token that attends to all but itself": ("attention.h", "end = last[b] + 1;", "end = std::max(1, last[b]);"),
     "heads that are turned the other way": ("attention.h", "x[i + half] * c + x[i] * s", "x[i + half] * c - x[i] * s"),
     "weights of other sizes": (
