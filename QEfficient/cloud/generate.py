@@ -56,7 +56,7 @@ class Options:
     ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own.")
     tokenizer: str = option("", "Folder or Hub id of the tokenizer. Default: the base's.", metavar="PATH")
     precision: str = option(
-        "fp32", "How the base's weights are held; a program has its own.", choices=["fp32", "int8", "int4"]
+        "fp32", "How the base's weights are held; a program has its own.", choices=["fp32", "bf16", "int8", "int4"]
     )
     block_size: int | None = option(
         None, "Weights that share a scale, at int8 and int4. Default: see 'qefficient compile --help'."

@@ -32,7 +32,7 @@ class Options:
         2,
         "Most graphs; an adapter that does not fit the first (DoRA, IA3, …) gets one, with weights and cache of its own.",
     )
-    precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "int8", "int4"])
+    precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "bf16", "int8", "int4"])
     threads: int = option(0, "Threads; 0: one for each physical core that the process may use.")
     large_pages: bool = option(
         False,

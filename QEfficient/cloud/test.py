@@ -54,8 +54,8 @@ class Options:
     )
     precision: str = option(
         "fp32",
-        "How the tested program holds the base's weights; int8 and int4 are judged on the text of --eval.",
-        choices=["fp32", "int8", "int4"],
+        "How the tested program holds the base's weights; bf16, int8 and int4 are judged on the text of --eval.",
+        choices=["fp32", "bf16", "int8", "int4"],
     )
     lm_eval: list[str] = option(
         [],

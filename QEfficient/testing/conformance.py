@@ -78,7 +78,7 @@ def run(
         greedy_tokens: How many tokens to generate for each prompt; None for 64, or 32 where the base has 300 million parameters.
         measure_speed: Measure speed and memory as well.
         budgets: Limits of speed that are part of the verdict.
-        precision: How the program holds the base's weights; one of ``"int8"`` and ``"int4"`` is judged on ``eval_data``.
+        precision: How the program holds the base's weights; one of ``"bf16"``, ``"int8"`` and ``"int4"`` is judged on ``eval_data``.
         progress: Told what is being done.
 
     Raises:
@@ -123,10 +123,9 @@ def refuse_precision(precision: str, eval_data: str | Path | None, graph_format:
     Raises:
         ConfigError: What is wrong, and what to give.
     """
-    if precision not in ("fp32", *BITS):
-        raise ConfigError(
-            f"unknown precision {precision!r}{suggest(precision, ('fp32', *BITS))}; give fp32, int8 or int4"
-        )
+    known = ("fp32", "bf16", *BITS)
+    if precision not in known:
+        raise ConfigError(f"unknown precision {precision!r}{suggest(precision, known)}; give fp32, bf16, int8 or int4")
     if precision != "fp32" and eval_data is None:
         raise ConfigError(f"precision {precision} is judged by perplexity and divergence on text: give --eval as well")
     if precision != "fp32" and graph_format:
@@ -319,7 +318,7 @@ class _Tester:
                 self.check(Stage.EFFICIENCY, checks_efficiency.checks(budgets), found, name)
 
     def judge_rounded(self, reference: Reference, candidate: Candidate, subjects: tuple[str, ...]) -> None:
-        """Judge a program of whole numbers on the given text."""
+        """Judge a program of rounded weights on the given text."""
         tell = lambda name: self.progress(f"judge {self.precision}", name)  # noqa: E731
         manifest = Manifest.read(candidate.folder)
         found = evaluate_rounded(reference, candidate.session, manifest, self.rows, subjects, tell)

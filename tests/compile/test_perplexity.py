@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What blocks cost in perplexity, on a model that has learned something: random weights say little about that."""
+"""What rounded weights cost in perplexity, on a model that has learned something: random weights say little about that."""
 
 from pathlib import Path
 
@@ -13,8 +13,8 @@ from QEfficient.runtime.session import OrtSession
 from tests.tiny import VOCAB, make_base
 
 LENGTH = 48
-# Seen 0.03 % and 3.0 to 3.3 %. Sums over 64 weights average little of the rounding away; wider models lose less.
-ALLOWED = {"int8": 0.005, "int4": 0.05}
+# Seen 0.003 %, 0.03 to 0.06 % and 3.0 to 3.3 %. Sums over 64 weights average little of the rounding away; wider models lose less.
+ALLOWED = {"bf16": 0.001, "int8": 0.005, "int4": 0.05}
 
 
 def _text(rows: int, seed: int) -> torch.Tensor:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Faults planted into the folder of a program of whole numbers: numbers and scales of its weights."""
+"""Faults planted into the folder of a program of rounded weights: numbers and scales."""
 
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.numpy_helper
@@ -27,7 +28,7 @@ def stored(pattern: str, change: Callable[[Array], Array]) -> Callable[[Path], N
             if name is None:
                 continue
             begin, end = header[name]["data_offsets"]
-            kind = {"F32": np.float32, "U8": np.uint8}[header[name]["dtype"]]
+            kind = {"F32": np.float32, "U8": np.uint8, "BF16": ml_dtypes.bfloat16}[header[name]["dtype"]]
             values = np.frombuffer(bytes(content[start + begin : start + end]), kind).reshape(header[name]["shape"])
             content[start + begin : start + end] = change(values.copy()).astype(kind).tobytes()
             path.unlink()  # it may be a link to the graph's
@@ -66,3 +67,9 @@ ROUNDED_FAULTS = (
     GraphFault("scales of the embedding lost", _NAMED, stored(r"embed_tokens.*_scales$", np.ones_like)),
 )  # fmt: skip
 """Faults of a program in int8 or int4."""
+
+HALVES_FAULTS = (
+    GraphFault("one row a copy of another", _NAMED, stored(r"down_proj.*_bfloat16$", _row)),
+    GraphFault("one weight in a thousand 1 % larger", _NAMED, stored(r"down_proj.*_bfloat16$", lambda t: np.where(np.arange(t.size).reshape(t.shape) % 1000 == 7, t * 1.01, t))),
+)  # fmt: skip
+"""Faults of a program in bf16."""

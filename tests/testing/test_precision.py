@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Programs of whole numbers judged on text, and answers counted."""
+"""Programs of rounded weights judged on text, and answers counted."""
 
 import shutil
 from pathlib import Path
@@ -18,7 +18,7 @@ from QEfficient.testing.quality import Quality, Row, evaluate
 from QEfficient.testing.reference import Reference
 from QEfficient.testing.report import CheckResult, Outcome, Stage
 from tests.testing.planted_graphs import GraphFault
-from tests.testing.planted_rounded import ROUNDED_FAULTS
+from tests.testing.planted_rounded import HALVES_FAULTS, ROUNDED_FAULTS
 from tests.tiny import VOCAB
 
 
@@ -38,7 +38,7 @@ def judge(folder: Path, graph: Graph, reference: Reference) -> list[CheckResult]
     return [CHECKS[0].perform(Stage.QUALITY, found, name) for name in ("base", "one")]
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_rounding_is_all_that_differs(graph: Graph, reference: Reference, precision: str):
     """A sound program is as far from PyTorch with the same rounded weights as rounding activations takes it; weights come back."""
     before = {n: p.data_ptr() for n, p in reference.model.named_parameters()}
@@ -52,6 +52,15 @@ def test_rounding_is_all_that_differs(graph: Graph, reference: Reference, precis
 def test_damaged_numbers_are_found(graph: Graph, reference: Reference, tmp_path: Path, fault: GraphFault):
     """What is more than rounding fails, in int4 too, where rounding itself moves every token."""
     with opened(Stage.PROGRAM, graph, reference, "int4") as sound:
+        folder = Path(shutil.copytree(sound.folder, tmp_path / "program"))
+    fault.plant(folder)
+    assert Outcome.FAIL in {r.outcome for r in judge(folder, graph, reference)}
+
+
+@pytest.mark.parametrize("fault", HALVES_FAULTS, ids=lambda f: f.name)
+def test_damaged_halves_are_found(graph: Graph, reference: Reference, tmp_path: Path, fault: GraphFault):
+    """A program in bfloat16 gives what PyTorch gives with those weights, so that little is a fault."""
+    with opened(Stage.PROGRAM, graph, reference, "bf16") as sound:
         folder = Path(shutil.copytree(sound.folder, tmp_path / "program"))
     fault.plant(folder)
     assert Outcome.FAIL in {r.outcome for r in judge(folder, graph, reference)}
