@@ -105,7 +105,9 @@ def resolve(path: str | Path) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise AdapterNotFoundError(f"{folder} is not a PEFT adapter: it has no {CONFIG_FILE}")
         return folder
-    if folder.exists() or is_local(path):
+    if folder.exists():
+        raise AdapterNotFoundError(f"{str(path)!r} is a file; an adapter is a folder: give {str(folder.parent)!r}")
+    if is_local(path):
         raise AdapterNotFoundError(f"adapter folder {str(path)!r} does not exist")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -42,6 +42,8 @@ def check_base(base: str | Path) -> None:
     Raises:
         ConfigError: With its name.
     """
+    if Path(base).is_file():
+        raise ConfigError(f"{str(base)!r} is a file; a base is a folder: give {str(Path(base).parent)!r}")
     if is_local(base) and not Path(base).is_dir():
         raise ConfigError(f"base folder {str(base)!r} does not exist")
 

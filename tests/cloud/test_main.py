@@ -51,6 +51,7 @@ def test_unknown_command_is_suggested(capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["test", "base", "--adaptor", "a=b"], "unknown option '--adaptor'; did you mean '--adapter'?"),
         (["export", "nowhere/at/all", "--adapter", "a=b"], "base folder 'nowhere/at/all' does not exist"),
+        (["export", __file__, "--adapter", "a=b"], "is a file; a base is a folder: give '"),
         (["export", "base"], "the following arguments are required: --adapter"),
         (["compile", "nowhere"], "nowhere is not an exported graph: it has no manifest.json"),
         (["finetune", "--modle_name", "x"], "unknown option '--modle_name'; did you mean '--model_name'?"),

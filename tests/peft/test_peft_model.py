@@ -94,6 +94,7 @@ def test_from_pretrained_loads_base_and_adapter(tmp_path: Path) -> None:
     ("damage", "error", "message"),
     [
         ("no folder", AdapterNotFoundError, "does not exist"),
+        ("a file", AdapterNotFoundError, "is a file; an adapter is a folder: give '.*adapter'$"),
         ("no config", AdapterNotFoundError, "has no adapter_config.json"),
         ("no base", ConfigError, "names no base model"),
         ("base gone", ConfigError, "base folder .* does not exist"),
@@ -108,6 +109,8 @@ def test_from_pretrained_refuses(damage: str, error: type[Exception], message: s
     config = folder / "adapter_config.json"
     if damage == "no folder":
         folder = tmp_path / "nowhere"
+    elif damage == "a file":
+        folder = config
     elif damage == "no config":
         config.unlink()
     elif damage == "no base":
