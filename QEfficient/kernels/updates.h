@@ -38,6 +38,12 @@ __m256 load(const float* p, int64_t left) {
   return !kEnds || left >= kLanes ? _mm256_loadu_ps(p) : some(p, left);
 }
 
+// Eight numbers of w from `at` on, of which `left` count. Up to `last` there are eight, whatever row they belong to, so none is looked for one by one.
+template <bool kEnds, class T>
+__m256 load(const T* w, int64_t at, int64_t last, int64_t left) {
+  return kEnds && at > last ? load<true>(w + at, left) : load<false>(w + at, left);
+}
+
 template <bool kEnds>
 void store(float* p, __m256 value, int64_t left) {
   if (!kEnds || left >= kLanes) return _mm256_storeu_ps(p, value);
@@ -50,12 +56,13 @@ void store(float* p, __m256 value, int64_t left) {
 // zeros, and is added to y then.
 template <int M, int V, bool kEnds, bool kApart, class T>
 void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* const* y) {
+  const int64_t last = (depth - 1) * stride + left - kLanes;
   __m256 totals[M][V];
   for (int m = 0; m < M; ++m)
     for (int v = 0; v < V; ++v) totals[m][v] = kApart ? _mm256_setzero_ps() : load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
-  for (int64_t k = 0; k < depth; ++k, w += stride) {
+  for (int64_t k = 0; k < depth; ++k) {
     __m256 parts[V];
-    for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w, k * stride + v * kLanes, last, left - v * kLanes);
     for (int m = 0; m < M; ++m) {
       const __m256 each = _mm256_broadcast_ss(x[m] + k);
       for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
@@ -94,14 +101,15 @@ inline int64_t quarter_of(int64_t depth, int quarter) { return quarter < kQuarte
 // y[c] += sum over k of x[k] * w[k][c], of each quarter for itself, so that one addition does not wait for the other: S quarters at once.
 template <int S, int V, bool kEnds, class T>
 void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* y) {
-  const int64_t each = depth / kQuarters;
+  const int64_t each = depth / kQuarters, last = (depth - 1) * stride + left - kLanes;
   for (int first = 0; first < kQuarters; first += S) {
     __m256 totals[S][V];
     for (auto& of : totals)
       for (__m256& total : of) total = _mm256_setzero_ps();
     const auto add = [&](int s, int64_t k) {
       const __m256 one = _mm256_broadcast_ss(x + k);
-      for (int v = 0; v < V; ++v) totals[s][v] = _mm256_fmadd_ps(one, load<kEnds>(w + k * stride + v * kLanes, left - v * kLanes), totals[s][v]);
+      for (int v = 0; v < V; ++v)
+        totals[s][v] = _mm256_fmadd_ps(one, load<kEnds>(w, k * stride + v * kLanes, last, left - v * kLanes), totals[s][v]);
     };
     for (int64_t k = first * each; k < (first + 1) * each; ++k)
 #pragma GCC unroll 4
