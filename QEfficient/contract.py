@@ -31,6 +31,9 @@ POSITION_IDS = "position_ids"
 LOGITS = "logits"
 RETAINED = "_RetainedState"
 
+PRECISIONS = ("fp32", "bf16", "int8", "int4")
+"""How a program may hold the base's weights: its option ``precision``."""
+
 BASE = "base"
 """The name that selects no adapter."""
 

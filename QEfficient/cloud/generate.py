@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from QEfficient.cloud.__main__ import run
 from QEfficient.cloud.progress import Progress, progress, quiet
 from QEfficient.cloud.test import parse_adapters
-from QEfficient.contract import ADAPTERS_DIR, BASE, MANIFEST_FILE, MODEL_FILE, Manifest
+from QEfficient.contract import ADAPTERS_DIR, BASE, MANIFEST_FILE, MODEL_FILE, PRECISIONS, Manifest
 from QEfficient.errors import AdapterNotFoundError, ConfigError, QEffError
 from QEfficient.options import option, parse, suggest
 from QEfficient.store import is_local
@@ -55,9 +55,7 @@ class Options:
     seed: int = option(0, "Start of the random numbers.")
     ctx_len: int | None = option(None, "Longest context, prompt and answer. Default: the base's own.")
     tokenizer: str = option("", "Folder or Hub id of the tokenizer. Default: the base's.", metavar="PATH")
-    precision: str = option(
-        "fp32", "How the base's weights are held; a program has its own.", choices=["fp32", "bf16", "int8", "int4"]
-    )
+    precision: str = option("fp32", "How the base's weights are held; a program has its own.", choices=PRECISIONS)
     block_size: int | None = option(
         None, "Weights that share a scale, at int8 and int4. Default: see 'qefficient compile --help'."
     )

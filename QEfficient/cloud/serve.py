@@ -9,6 +9,7 @@ from typing import Any
 
 from QEfficient.cloud.__main__ import run
 from QEfficient.cloud.test import parse_adapters
+from QEfficient.contract import PRECISIONS
 from QEfficient.errors import ConfigError
 from QEfficient.options import option, parse
 
@@ -32,7 +33,7 @@ class Options:
         2,
         "Most graphs; an adapter that does not fit the first (DoRA, IA3, …) gets one, with weights and cache of its own.",
     )
-    precision: str = option("fp32", "How the base's weights are held.", choices=["fp32", "bf16", "int8", "int4"])
+    precision: str = option("fp32", "How the base's weights are held.", choices=PRECISIONS)
     threads: int = option(0, "Threads; 0: one for each physical core that the process may use.")
     large_pages: bool = option(
         False,

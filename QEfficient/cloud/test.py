@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from QEfficient.cloud.__main__ import run as run_command
 from QEfficient.cloud.progress import progress, quiet
-from QEfficient.contract import BASE
+from QEfficient.contract import BASE, PRECISIONS
 from QEfficient.errors import ConfigError
 from QEfficient.options import option, parse
 
@@ -55,7 +55,7 @@ class Options:
     precision: str = option(
         "fp32",
         "How the tested program holds the base's weights; bf16, int8 and int4 are judged on the text of --eval.",
-        choices=["fp32", "bf16", "int8", "int4"],
+        choices=PRECISIONS,
     )
     lm_eval: list[str] = option(
         [],

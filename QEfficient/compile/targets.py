@@ -23,7 +23,7 @@ from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
 from QEfficient.compile.transposes import FuseWeightTranspose
 from QEfficient.compile.weightfile import files_of, holds_halves, store_weights
-from QEfficient.contract import KERNELS, MIXED, MODEL_FILE, ONE_ROW_CHUNKS, Manifest
+from QEfficient.contract import KERNELS, MIXED, MODEL_FILE, ONE_ROW_CHUNKS, PRECISIONS, Manifest
 from QEfficient.errors import ConfigError, UnsupportedError
 from QEfficient.kernels.cpu import instruction_set
 from QEfficient.kernels.library import sources, why_not
@@ -85,7 +85,7 @@ class OnnxRuntime:
     def __init__(self, name: str = "onnxruntime", *, own_kernels: bool = True) -> None:
         self.name = name
         self._own_kernels = own_kernels
-        self.precisions: tuple[str, ...] = ("fp32", "bf16", "int8", "int4") if own_kernels else ("fp32", "int8", "int4")
+        self.precisions = tuple(p for p in PRECISIONS if own_kernels or p != "bf16")
 
     def identity(self, precision: Precision, graph: Path) -> dict[str, str]:
         """Return the version of ONNX Runtime, the CPU's instruction set, and the sources of the kernels that are used.

@@ -12,8 +12,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from QEfficient.compile.blocks import BITS
-from QEfficient.contract import BASE, Manifest
+from QEfficient.contract import BASE, PRECISIONS, Manifest
 from QEfficient.errors import ConfigError, QEffError
 from QEfficient.export.skeleton import longest_context, uncounted_token
 from QEfficient.options import suggest
@@ -123,9 +122,11 @@ def refuse_precision(precision: str, eval_data: str | Path | None, graph_format:
     Raises:
         ConfigError: What is wrong, and what to give.
     """
-    known = ("fp32", "bf16", *BITS)
-    if precision not in known:
-        raise ConfigError(f"unknown precision {precision!r}{suggest(precision, known)}; give fp32, bf16, int8 or int4")
+    if precision not in PRECISIONS:
+        *others, last = PRECISIONS
+        raise ConfigError(
+            f"unknown precision {precision!r}{suggest(precision, PRECISIONS)}; give {', '.join(others)} or {last}"
+        )
     if precision != "fp32" and eval_data is None:
         raise ConfigError(f"precision {precision} is judged by perplexity and divergence on text: give --eval as well")
     if precision != "fp32" and graph_format:

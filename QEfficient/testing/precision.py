@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from QEfficient.compile.blocks import dequantize, quantize
+from QEfficient.compile.blocks import BITS, dequantize, quantize
 from QEfficient.contract import BASE, Manifest
 from QEfficient.testing.candidate import Session
 from QEfficient.testing.check import Check, Facts, Finding, failed, skipped
@@ -35,8 +35,6 @@ _LOSSES = {"bf16": 1.01, "int8": 1.01, "int4": 1.10}
 """Largest ratio of perplexities that is usual: up to 1.0021 (of 256 tokens), 1.0006 and 1.035 were seen."""
 _FLOORS = {"bf16": 1e-8, "int8": 1e-6, "int4": 1e-6}
 """What a program may add at least, in nats. In bf16 it is float32's own rounding: 6e-13 was seen, logits that are off by 1e-4 make 5e-9."""
-_ACTIVATIONS = ("int8", "int4")
-"""Precisions in which a program rounds activations, too."""
 
 
 @dataclass(slots=True)
@@ -203,14 +201,12 @@ def _ask(found: Rounded, subject: str) -> Finding:
     )
     if not times <= _TIMES:
         who = "" if subject == BASE else " Does the base alone fail as well? Then it is not the adapter."
-        explains = "rounding activations" if found.precision in _ACTIVATIONS else "another order of additions"
+        explains = "rounding activations" if found.precision in BITS else "another order of additions"
         text = f"{said}. The last is more than {explains} explains: look for a damaged weight or scale, and compile again.{who}"
         return Finding(Outcome.FAIL, text, times, facts, series)
     if ratio > _LOSSES[found.precision]:
         instead = (
-            "keep sensitive weights higher (--keep), or take smaller blocks"
-            if found.precision in _ACTIVATIONS
-            else "take fp32"
+            "keep sensitive weights higher (--keep), or take smaller blocks" if found.precision in BITS else "take fp32"
         )
         text = f"{said}. More than is usual in {found.precision}: {instead}."
         return Finding(Outcome.WARN, text, times, facts, series)
