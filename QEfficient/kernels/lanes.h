@@ -7,9 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#define INLINE __attribute__((always_inline)) inline  // compilers stop inlining where a unit has become large
+
 constexpr int64_t kLanes = 8;
 constexpr int64_t kLine = 64;     // bytes of a line of the caches
-constexpr int64_t kAhead = 2048;  // bytes between the weights that are multiplied and those that are asked for
 
 // The four sums of the lanes of four registers.
 inline __m128 sums_of(__m256 a, __m256 b, __m256 c, __m256 d) {

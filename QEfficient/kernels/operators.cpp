@@ -173,8 +173,12 @@ struct BlockProduct {
       const auto part = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
         const int64_t first = c.first_of(i), last = c.first_of(i + 1);
-        product<Layout>(*c.weight, c.rows, c.count, first, last, c.y);
-        c.updates.up(c.pieces, first, last, c.y);
+        thread_local std::vector<Part<uint16_t>> parts;
+        c.updates.divide(c.pieces, first, last, parts);
+        const int64_t groups = (last - first) * c.weight->row_bytes() / (128 * Layout::kTogether);
+        Asking<uint16_t> asking(parts, c.pieces.rows, groups);
+        product<Layout>(*c.weight, c.rows, c.count, first, last, c.y, asking);
+        for (const auto& part : parts) c.updates.up(c.pieces, part, c.y);
       };
       return api.parallel_for(context, part, tasks(), 0, this);
     }
@@ -229,7 +233,9 @@ struct FloatProduct {
       this->updates.gather();
       const auto add = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        c.updates.up(c.pieces, c.first_of(i), c.first_of(i + 1), c.y);
+        thread_local std::vector<Part<float>> parts;
+        c.updates.divide(c.pieces, c.first_of(i), c.first_of(i + 1), parts);
+        for (const auto& part : parts) c.updates.up(c.pieces, part, c.y);
       };
       return api.parallel_for(context, add, this->tasks(), 0, this);
     }

@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,15 +16,7 @@
 #include <vector>
 
 #include "lanes.h"
-
-#if !defined(__AVX2__) || !defined(__FMA__)
-#error "these kernels need a CPU with AVX2 and FMA"
-#endif
-#if (defined(__AVX512VNNI__) && defined(__AVX512VL__)) || defined(__AVXVNNI__)
-#define HAS_VNNI 1
-#else
-#define HAS_VNNI 0
-#endif
+#include "registers.h"
 
 constexpr int64_t kNearCache = 24 << 10;  // bytes of the nearest cache that a part of a panel may take
 
@@ -39,72 +32,22 @@ struct Weight {
   int64_t row_zeros() const { return (blocks * bits + 7) / 8; }
 };
 
-// Sums of products, eight lanes of them; `add` takes 32 bytes of weights and as many of activations, `take` what the zero points
-// of unsigned weights add to each lane: its sum(x) `times` the zero point.
-#if HAS_VNNI
-struct Sum {
-  __m256i lanes = _mm256_setzero_si256();
-  void add(__m256i w, __m256i x) {
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-    lanes = _mm256_dpbusd_epi32(lanes, w, x);
-#else
-    lanes = _mm256_dpbusd_avx_epi32(lanes, w, x);
-#endif
-  }
-  void join(Sum other) { lanes = _mm256_add_epi32(lanes, other.lanes); }
-  void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
-  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }  // both fit into 16 bits
-  __m256i total() const { return lanes; }
-};
-using Sum4 = Sum;
-using Sum8 = Sum;
-#else
-struct Sum4 {  // of up to 8 additions, each of at most 2 * 15 * 127, in 16 bits
-  __m256i lanes = _mm256_setzero_si256();
-  void add(__m256i w, __m256i x) { lanes = _mm256_add_epi16(lanes, _mm256_maddubs_epi16(w, x)); }
-  void join(Sum4 other) { lanes = _mm256_add_epi16(lanes, other.lanes); }
-  void take(__m256i taken) { lanes = _mm256_sub_epi16(lanes, taken); }
-  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_mullo_epi16(sums, _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 16))); }
-  __m256i total() const { return _mm256_madd_epi16(lanes, _mm256_set1_epi16(1)); }
-};
-struct Sum8 {  // products of 8-bit numbers do not fit pairwise into 16 bits: both sides are 16 bits wide
-  __m256i lanes = _mm256_setzero_si256();
-  void add(__m256i w, __m256i x) { lanes = _mm256_add_epi32(lanes, _mm256_madd_epi16(w, x)); }
-  void join(Sum8 other) { lanes = _mm256_add_epi32(lanes, other.lanes); }
-  void take(__m256i taken) { lanes = _mm256_sub_epi32(lanes, taken); }
-  static __m256i times(__m256i sums, __m256i zeros) { return _mm256_madd_epi16(sums, zeros); }
-  __m256i total() const { return lanes; }
-};
-#endif
-
-// How the bytes of weights and the numbers of x they belong to become operands of `add`: 32 bytes of weights make kParts operands. Each byte holds
-// kColumns columns; `numbers` is given the 8-bit numbers of one of them for each byte.
+// How the bytes of weights and the numbers of x they belong to become operands of `Sum::add`: a register of weights makes kParts operands. Each byte
+// holds kColumns columns; `numbers` is given the 8-bit numbers of one of them for each byte.
 struct Int4 {
   using Sum = Sum4;
   static constexpr int kBits = 4, kColumns = 2, kParts = 2;
-  static void weights(__m256i bytes, __m256i* parts) {
-    const __m256i low = _mm256_set1_epi8(15);
-    parts[0] = _mm256_and_si256(bytes, low);
-    parts[1] = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+  INLINE static void weights(Integers bytes, Integers* parts) {
+    parts[0] = bytes & every8(15);
+    parts[1] = shifted_right<4>(bytes) & every8(15);
   }
-  static void numbers(__m256i bytes, __m256i* parts) { parts[0] = bytes; }
+  static void numbers(Integers bytes, Integers* parts) { parts[0] = bytes; }
 };
 struct Int8 {
   using Sum = Sum8;
-  static constexpr int kBits = 8, kColumns = 1, kParts = HAS_VNNI ? 1 : 2;
-#if HAS_VNNI
-  static void weights(__m256i bytes, __m256i* parts) { parts[0] = bytes; }
-  static void numbers(__m256i bytes, __m256i* parts) { parts[0] = bytes; }
-#else
-  static void weights(__m256i bytes, __m256i* parts) {
-    parts[0] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
-    parts[1] = _mm256_srli_epi16(bytes, 8);
-  }
-  static void numbers(__m256i bytes, __m256i* parts) {
-    parts[0] = _mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8);
-    parts[1] = _mm256_srai_epi16(bytes, 8);
-  }
-#endif
+  static constexpr int kBits = 8, kColumns = 1, kParts = Sum::kHalves;
+  INLINE static void weights(Integers bytes, Integers* parts) { Sum::halves(bytes, parts); }
+  static void numbers(Integers bytes, Integers* parts) { Sum::signed_halves(bytes, parts); }
 };
 
 // What is multiplied at a time: Bytes (64 or 128) bytes of a row of weights, whose blocks take kBlockBytes each.
@@ -112,40 +55,36 @@ template <class F, int kBlockBytes, int Bytes>
 struct Group {
   using Format = F;
   using Sum = typename Format::Sum;
-  static constexpr int kBytes = Bytes, kRegisters = Bytes / 32, kBlocks = std::max(1, Bytes / kBlockBytes), kColumns = Bytes * Format::kColumns;
+  static constexpr int kBytes = Bytes, kRegisters = Bytes / kRegister, kBlocks = std::max(1, Bytes / kBlockBytes), kColumns = Bytes * Format::kColumns;
   static constexpr int kParts = kRegisters * Format::kParts;
-  static constexpr int kPanelBytes = 32 * (kParts + 2);  // of a row of x: the numbers, then for each lane what is taken away and their scale
+  static constexpr int kPanelBytes = kRegister * (kParts + 2);  // of a row of x: the numbers, then for each lane what is taken away and their scale
 
   // The bytes, so that each 32-bit lane holds those of one block, the same in all registers: block_of(lane).
-  static void load(const void* p, __m256i* registers) {
-    for (int i = 0; i < kRegisters; ++i) registers[i] = _mm256_loadu_si256(static_cast<const __m256i*>(p) + i);
-    for (int apart = 1; apart < std::min(kBlocks, kRegisters); apart *= 2) {
-      __m256i from[kRegisters];
+  static constexpr int kMixed = std::min(kBlocks, kRegisters);  // registers whose lanes stand side by side
+  INLINE static void load(const void* p, Integers* registers) {
+    for (int i = 0; i < kRegisters; ++i) registers[i] = loaded(static_cast<const uint8_t*>(p) + i * kRegister);
+    for (int apart = 1; apart < kMixed; apart *= 2) {
+      Integers from[kRegisters];
       for (int i = 0; i < kRegisters; ++i) from[i] = registers[i];
       for (int i = 0; i < kRegisters / 2; ++i) {
-        registers[2 * i] = _mm256_unpacklo_epi32(from[i], from[i + kRegisters / 2]);
-        registers[2 * i + 1] = _mm256_unpackhi_epi32(from[i], from[i + kRegisters / 2]);
+        registers[2 * i] = low_lanes(from[i], from[i + kRegisters / 2]);
+        registers[2 * i + 1] = high_lanes(from[i], from[i + kRegisters / 2]);
       }
     }
   }
-  static constexpr int block_of(int lane) {  // a register that is loaded holds two blocks where there are more blocks than registers
-    return kBlocks > kRegisters ? lane % kRegisters * 2 + lane / 4 : lane % kBlocks;
-  }
-  template <int kTimes>
-  static __m256i blocks_of() {
-    return _mm256_setr_epi32(block_of(0) * kTimes, block_of(1) * kTimes, block_of(2) * kTimes, block_of(3) * kTimes, block_of(4) * kTimes,
-                             block_of(5) * kTimes, block_of(6) * kTimes, block_of(7) * kTimes);
+  static constexpr int block_of(int lane) {  // registers are mixed within 16 bytes, four lanes
+    return (lane % kMixed * (Bytes / kMixed) / 16 + lane / 4) * kBlocks / (Bytes / 16);
   }
 
   // What is given for each block, for each lane.
-  static __m256 spread(const float* p) {
-    if (kBlocks == 1) return _mm256_broadcast_ss(p);
-    if (kBlocks == 2) return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(p)));
-    if (kBlocks == 4 && kRegisters == 4) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
-    const __m256 blocks = kBlocks == 4 ? _mm256_castps128_ps256(_mm_loadu_ps(p)) : _mm256_loadu_ps(p);
-    return _mm256_permutevar8x32_ps(blocks, blocks_of<1>());
+  INLINE static __m128 two(const float* p) { return _mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p))); }
+  INLINE static Floats spread(const float* p) {
+    if constexpr (kBlocks == 1) return every(*p);
+    if constexpr (kBlocks == 2 && kMixed == 2) return every_two(p);
+    if constexpr (kBlocks == 4 && kMixed == 4) return every_four(p);
+    return permuted(kBlocks == 8 ? _mm256_loadu_ps(p) : _mm256_castps128_ps256(kBlocks == 4 ? _mm_loadu_ps(p) : two(p)), of_lanes<1>());
   }
-  static __m256i zeros(const uint8_t* p, int64_t block) {  // of a row, from a block on
+  INLINE static Integers zeros(const uint8_t* p, int64_t block) {  // of a row, from a block on
     constexpr int kBits = Format::kBits;
     p += block * kBits / 8;
     const int skip = static_cast<int>(block * kBits % 8);
@@ -155,29 +94,38 @@ struct Group {
     } else {
       std::memcpy(&bits, p, (kBlocks * kBits + 11) / 8);
     }
-    const __m256i of_lanes = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int32_t>(bits >> skip)), blocks_of<kBits>());
-    return _mm256_and_si256(of_lanes, _mm256_set1_epi32((1 << kBits) - 1));
+    return shifted_each(every32(static_cast<int32_t>(bits >> skip)), of_lanes<kBits>()) & every32((1 << kBits) - 1);
   }
 
   // Writes a row's part of a panel, for weights that have zero points of their own or not.
   static void place(const int8_t* numbers, const float* scales, bool zeros, uint8_t* out) {
-    __m256i parts[kParts], ones[Format::kParts];
+    Integers parts[kParts], ones[Format::kParts];
     for (int c = 0; c < Format::kColumns; ++c) {
       int8_t bytes[Bytes];
       for (int i = 0; i < Bytes; ++i) bytes[i] = numbers[i * Format::kColumns + c];
-      __m256i registers[kRegisters];
+      Integers registers[kRegisters];
       load(bytes, registers);
       for (int i = 0; i < kRegisters; ++i) Format::numbers(registers[i], parts + i * Format::kParts + c);
     }
-    Format::weights(_mm256_set1_epi8(Format::kBits == 4 ? 0x11 : 1), ones);
+    Format::weights(every8(Format::kBits == 4 ? 0x11 : 1), ones);
     Sum sum;
     for (int p = 0; p < kParts; ++p) {
       sum.add(ones[p % Format::kParts], parts[p]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + p, parts[p]);
+      put(out + p * kRegister, parts[p]);
     }
-    const __m256i taken = zeros ? sum.lanes : Sum::times(sum.lanes, _mm256_set1_epi32(1 << (Format::kBits - 1)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + kParts, taken);
-    _mm256_storeu_ps(reinterpret_cast<float*>(out) + 8 * (kParts + 1), spread(scales));
+    put(out + kParts * kRegister, Sum::negative(zeros ? sum.lanes : Sum::times(sum.lanes, every32(1 << (Format::kBits - 1)))));
+    put(reinterpret_cast<float*>(out + (kParts + 1) * kRegister), spread(scales));
+  }
+
+ private:
+  template <int kTimes>
+  INLINE static Integers of_lanes() {
+    alignas(kRegister) static constexpr auto blocks = [] {
+      std::array<int32_t, kRegister / 4> made{};
+      for (int lane = 0; lane < kRegister / 4; ++lane) made[lane] = block_of(lane) * kTimes;
+      return made;
+    }();
+    return loaded(reinterpret_cast<const uint8_t*>(blocks.data()));
   }
 };
 
@@ -189,6 +137,8 @@ struct Layout {
   using Wide = Group<F, kBlockBytes, 128>;
   using Narrow = Group<F, kBlockBytes, 64>;
   static constexpr int kBlock = kBlockBytes;
+  static constexpr bool kLarge = kBlockBytes >= 64;
+  static constexpr int kTogether = together_of(kLarge);
   int64_t row_bytes, wide;
   bool narrow;
   explicit Layout(const Weight& w) : row_bytes(std::max<int64_t>(128, w.row_bytes())) {
@@ -269,61 +219,80 @@ struct Rows {
   }
 };
 
-// Adds to the totals of M rows of x what a group of weights gives. `scales` and `zeros` are a row's, `block` is the group's first. The weights
+// A row of the weight.
+struct WeightRow {
+  const uint8_t* data;
+  const float* scales;
+  const uint8_t* zeros;
+
+  WeightRow(const Weight& w, int64_t n)
+      : data(w.data + n * w.row_bytes()), scales(w.scales + n * w.blocks), zeros(w.zeros ? w.zeros + n * w.row_zeros() : nullptr) {}
+};
+
+// Adds to the totals of M rows of x what a group of T rows of weights gives, the one that begins at their byte `at`, with the block `block`. The weights
 // to be asked for are `ahead` bytes further on, their scales `scales_ahead` floats.
-template <class Group, int M, bool kZeros>
-inline void add_group(const uint8_t* weights, const float* scales, const uint8_t* zeros, int64_t block, int64_t ahead, int64_t scales_ahead,
-                      const uint8_t* panel, __m256* totals) {
-  __m256i registers[Group::kRegisters], parts[Group::kParts];
-  Group::load(weights, registers);
+template <class Group, int M, int T, bool kLarge, bool kZeros>
+INLINE void add_group(const WeightRow* rows, int64_t at, int64_t block, int64_t ahead, int64_t scales_ahead, const uint8_t* panel, Floats* totals) {
+  using Sum = typename Group::Sum;
+  Integers parts[T][Group::kParts], zeros[T];
+  Floats scales[T];
 #pragma GCC unroll 4
-  for (int i = 0; i < Group::kRegisters; ++i) Group::Format::weights(registers[i], parts + i * Group::Format::kParts);
-#pragma GCC unroll 2
-  for (int i = 0; i < Group::kBytes; i += kLine) _mm_prefetch(reinterpret_cast<const char*>(weights + ahead + i), _MM_HINT_NTA);  // needed once
-  if (Group::kBlocks >= 4)  // otherwise a line of scales lasts long
-    _mm_prefetch(reinterpret_cast<const char*>(scales + block + scales_ahead), _MM_HINT_T0);
-  const __m256 scale = Group::spread(scales + block);
-  const __m256i zero = kZeros ? Group::zeros(zeros, block) : _mm256_setzero_si256();
+  for (int t = 0; t < T; ++t) {
+    const uint8_t* data = rows[t].data + at;
+    const float* scale = rows[t].scales + block;
+    Integers registers[Group::kRegisters];
+    Group::load(data, registers);
+#pragma GCC unroll 4
+    for (int i = 0; i < Group::kRegisters; ++i) Group::Format::weights(registers[i], parts[t] + i * Group::Format::kParts);
+    ask<Group::kBytes, (M > 1)>(data, ahead);
+    if (Group::kBlocks >= 4)  // otherwise a line of scales lasts long
+      _mm_prefetch(reinterpret_cast<const char*>(scale + scales_ahead), _MM_HINT_T0);
+    scales[t] = Group::spread(scale);
+    if (kZeros) zeros[t] = Group::zeros(rows[t].zeros, block);
+  }
+  const Floats scale = together<T>(scales);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
-    const auto* x = reinterpret_cast<const __m256i*>(panel + m * Group::kPanelBytes);
-    typename Group::Sum sum, other;  // two, so that one addition does not wait for the other
+    const uint8_t* x = panel + m * Group::kPanelBytes;
+    const Integers taken = loaded(x + Group::kParts * kRegister);
+    Sum sums[std::max(T, 2)];  // of several rows, or of one in two, so that one addition does not wait for the other
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) sums[t].lanes = kZeros ? Sum::times(taken, zeros[t]) : taken;
 #pragma GCC unroll 8
-    for (int i = 0; i < Group::kParts; i += 2) {
-      sum.add(parts[i], _mm256_load_si256(x + i));
-      other.add(parts[i + 1], _mm256_load_si256(x + i + 1));
-      if (M > 1) asm("" : "+x"(sum.lanes), "+x"(other.lanes));  // in this order: with all products first there are not registers enough for the weights
+    for (int i = 0; i < Group::kParts; ++i) {
+      Integers numbers = loaded(x + i * kRegister);
+      if (T > 1) asm("" : IN_REGISTER(numbers));  // loaded once
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) sums[T > 1 ? t : i % 2].add(parts[t][i], numbers);
+      if (M == 1 || (T == 1 && i % 2 == 0)) continue;
+#pragma GCC unroll 4
+      for (Sum& sum : sums) asm("" : IN_REGISTER(sum.lanes));  // in this order: with all products first there are not registers enough for the weights
     }
-    sum.join(other);
-    const __m256i taken = _mm256_load_si256(x + Group::kParts);
-    sum.take(kZeros ? Group::Sum::times(taken, zero) : taken);
-    const __m256 factor = _mm256_mul_ps(scale, _mm256_load_ps(reinterpret_cast<const float*>(x + Group::kParts + 1)));
-    totals[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum.total()), factor, totals[m]);
+    totals[m] = multiplied_added(floats(together<T, kLarge>(sums)), scale * loaded(reinterpret_cast<const float*>(x + (Group::kParts + 1) * kRegister)), totals[m]);
   }
 }
 
-// y[m, n] for M rows of x and R rows of the weight, which are read as they lie, one after the other: memory is fastest so. Of a panel that does not
-// fit into the nearest cache they are multiplied by a part, then by the next.
-template <class Layout, int M, int R, bool kZeros>
-void tile(const Weight& w, const Rows& x, int64_t m0, int64_t n0, float* y) {
+// y[m, n] for M rows of x and R rows of the weight, T at a time, which are read as they lie, one after the other: memory is fastest so. Of a panel that
+// does not fit into the nearest cache they are multiplied by a part, then by the next. `meanwhile` is called after each group.
+template <class Layout, int M, int R, int T, bool kZeros, class Meanwhile>
+void tile(const Weight& w, const Rows& x, int64_t m0, int64_t n0, float* y, Meanwhile& meanwhile) {
   const Layout layout(w);
-  const int64_t row_bytes = layout.row_bytes, blocks = w.blocks, row_zeros = w.zeros ? w.row_zeros() : 0;
-  const int64_t ahead = (kAhead + row_bytes - 1) / row_bytes;  // rows
+  const int64_t ahead = (kAhead + layout.row_bytes - 1) / layout.row_bytes;  // rows
   const int64_t parts = std::max<int64_t>(1, (layout.wide * M * Layout::Wide::kPanelBytes + kNearCache - 1) / kNearCache);
-  __m256 totals[R * M];
-  for (auto& total : totals) total = _mm256_setzero_ps();
+  Floats totals[R / T * M];
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t first = layout.wide * part / parts, last = layout.wide * (part + 1) / parts;
-    for (int r = 0; r < R; ++r) {
-      const uint8_t *data = w.data + (n0 + r) * row_bytes, *zeros = w.zeros + (n0 + r) * row_zeros;
+    for (int r = 0; r < R / T; ++r) {
+      const int64_t n = n0 + r * T;
+      const WeightRow rows[] = {{w, n}, {w, n + 1 % T}, {w, n + 2 % T}, {w, n + 3 % T}};
       const uint8_t* panel = x.panel(m0) + first * M * Layout::Wide::kPanelBytes;
-      __m256 sums[M];
-      std::copy_n(totals + r * M, M, sums);
+      Floats sums[M];
+      for (int m = 0; m < M; ++m) sums[m] = part ? totals[r * M + m] : every(0.f);
       const auto add = [&](auto group, int64_t g) {
         const int64_t at = layout.begin(g);
-        add_group<decltype(group), M, kZeros>(data + at, w.scales + (n0 + r) * blocks, zeros, at / Layout::kBlock, ahead * row_bytes,
-                                              ahead * blocks, panel, sums);
+        add_group<decltype(group), M, T, Layout::kLarge, kZeros>(rows, at, at / Layout::kBlock, ahead * layout.row_bytes, ahead * w.blocks, panel, sums);
         panel += M * group.kPanelBytes;
+        if (M > 1) meanwhile();  // one row waits for memory as it is
       };
       for (int64_t g = first; g < last; ++g) add(typename Layout::Wide(), g);
       if (layout.narrow && last == layout.wide) add(typename Layout::Narrow(), last);
@@ -334,23 +303,22 @@ void tile(const Weight& w, const Rows& x, int64_t m0, int64_t n0, float* y) {
     float* to = y + (m0 + m) * w.rows + n0;
     if constexpr (R % 4 == 0) {
       for (int r = 0; r < R; r += 4) {
-        const __m256* of = totals + r * M + m;
         const __m128 bias = w.bias ? _mm_loadu_ps(w.bias + n0 + r) : _mm_setzero_ps();
-        _mm_storeu_ps(to + r, _mm_add_ps(sums_of(of[0], of[M], of[2 * M], of[3 * M]), bias));
+        _mm_storeu_ps(to + r, _mm_add_ps(sums_of_rows<4, T, Layout::kLarge, M>(totals + r / T * M + m), bias));
       }
     } else {
-      for (int r = 0; r < R; ++r) to[r] = sum_of(totals[r * M + m]) + (w.bias ? w.bias[n0 + r] : 0.f);
+      *to = _mm_cvtss_f32(sums_of_rows<1, T, Layout::kLarge, M>(totals + m)) + (w.bias ? w.bias[n0] : 0.f);
     }
   }
 }
 
-template <class Layout, int M, int R>
-void product(const Weight& w, const Rows& x, int64_t m, int64_t begin, int64_t end, float* y) {
-  const auto most = w.zeros ? tile<Layout, M, R, true> : tile<Layout, M, R, false>;
-  const auto rest = w.zeros ? tile<Layout, M, 1, true> : tile<Layout, M, 1, false>;
+template <class Layout, int M, int R, int T, class Meanwhile>
+void product(const Weight& w, const Rows& x, int64_t m, int64_t begin, int64_t end, float* y, Meanwhile& meanwhile) {
+  const auto most = w.zeros ? tile<Layout, M, R, T, true, Meanwhile> : tile<Layout, M, R, T, false, Meanwhile>;
+  const auto rest = w.zeros ? tile<Layout, M, 1, 1, true, Meanwhile> : tile<Layout, M, 1, 1, false, Meanwhile>;
   int64_t n = begin;
-  for (; n + R <= end; n += R) most(w, x, m, n, y);
-  for (; n < end; ++n) rest(w, x, m, n, y);
+  for (; n + R <= end; n += R) most(w, x, m, n, y, meanwhile);
+  for (; n < end; ++n) rest(w, x, m, n, y, meanwhile);
 }
 
 // The same rows, with blocks of zeros at their ends, in memory of its own.
@@ -377,17 +345,17 @@ struct Extended {
 };
 
 // y[:, begin:end] for all `count` rows of x.
-template <class Layout>
-void product(const Weight& w, const Rows& x, int64_t count, int64_t begin, int64_t end, float* y) {
+template <class Layout, class Meanwhile>
+void product(const Weight& w, const Rows& x, int64_t count, int64_t begin, int64_t end, float* y, Meanwhile& meanwhile) {
   if (w.row_bytes() < 128) {
     const Extended extended(w, begin, end, 128 / Layout::kBlock);
-    return product<Layout>(extended.weight, x, count, 0, end - begin, y + begin);
+    return product<Layout>(extended.weight, x, count, 0, end - begin, y + begin, meanwhile);
   }
   for (int64_t m = 0; m < count; m += Rows::height(m, count)) {
     switch (Rows::height(m, count)) {
-      case 8: product<Layout, 8, 8>(w, x, m, begin, end, y); break;
-      case 4: product<Layout, 4, 8>(w, x, m, begin, end, y); break;
-      default: product<Layout, 1, 4>(w, x, m, begin, end, y);
+      case 8: product<Layout, 8, 8, Layout::kTogether>(w, x, m, begin, end, y, meanwhile); break;
+      case 4: product<Layout, 4, 8, Layout::kTogether>(w, x, m, begin, end, y, meanwhile); break;
+      default: product<Layout, 1, 4, 1>(w, x, m, begin, end, y, meanwhile);
     }
   }
 }

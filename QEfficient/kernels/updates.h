@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "registers.h"
 
 template <class T>
 struct Pieces {
@@ -27,28 +28,27 @@ struct Use {
   int64_t piece, first, count;
 };
 
-// Eight numbers of a row that goes on, or ends after `left` of them: looking for the end takes longer than what is computed.
-template <bool kEnds>
-__m256 load(const uint16_t* p, int64_t left) {
-  return _mm256_cvtph_ps(!kEnds || left >= kLanes ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)) : some(p, left));
-}
-
-template <bool kEnds>
-__m256 load(const float* p, int64_t left) {
-  return !kEnds || left >= kLanes ? _mm256_loadu_ps(p) : some(p, left);
-}
-
-// Eight numbers of w from `at` on, of which `left` count. Up to `last` there are eight, whatever row they belong to, so none is looked for one by one.
+// A register of numbers of a row that goes on, or ends after `left` of them: looking for the end takes longer than what is computed.
 template <bool kEnds, class T>
-__m256 load(const T* w, int64_t at, int64_t last, int64_t left) {
+Floats load(const T* p, int64_t left) {
+  if (!kEnds || left >= kFloats) return loaded(p);
+  alignas(kRegister) T some[kFloats] = {};
+  std::memcpy(some, p, left * sizeof(T));
+  return loaded(some);
+}
+
+// A register of numbers of w from `at` on, of which `left` count. Up to `last` there are as many, whatever row they belong to, so none is looked for one
+// by one.
+template <bool kEnds, class T>
+Floats load(const T* w, int64_t at, int64_t last, int64_t left) {
   return kEnds && at > last ? load<true>(w + at, left) : load<false>(w + at, left);
 }
 
 template <bool kEnds>
-void store(float* p, __m256 value, int64_t left) {
-  if (!kEnds || left >= kLanes) return _mm256_storeu_ps(p, value);
-  alignas(32) float some[kLanes];
-  _mm256_store_ps(some, value);
+void store(float* p, Floats value, int64_t left) {
+  if (!kEnds || left >= kFloats) return put(p, value);
+  alignas(kRegister) float some[kFloats];
+  put(some, value);
   std::memcpy(p, some, left * sizeof(float));
 }
 
@@ -56,23 +56,23 @@ void store(float* p, __m256 value, int64_t left) {
 // zeros, and is added to y then.
 template <int M, int V, bool kEnds, bool kApart, class T>
 void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* const* y) {
-  const int64_t last = (depth - 1) * stride + left - kLanes;
-  __m256 totals[M][V];
+  const int64_t last = (depth - 1) * stride + left - kFloats;
+  Floats totals[M][V];
   for (int m = 0; m < M; ++m)
-    for (int v = 0; v < V; ++v) totals[m][v] = kApart ? _mm256_setzero_ps() : load<kEnds>(y[m] + v * kLanes, left - v * kLanes);
+    for (int v = 0; v < V; ++v) totals[m][v] = kApart ? every(0.f) : load<kEnds>(y[m] + v * kFloats, left - v * kFloats);
   for (int64_t k = 0; k < depth; ++k) {
-    __m256 parts[V];
-    for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w, k * stride + v * kLanes, last, left - v * kLanes);
+    Floats parts[V];
+    for (int v = 0; v < V; ++v) parts[v] = load<kEnds>(w, k * stride + v * kFloats, last, left - v * kFloats);
     for (int m = 0; m < M; ++m) {
-      const __m256 each = _mm256_broadcast_ss(x[m] + k);
-      for (int v = 0; v < V; ++v) totals[m][v] = _mm256_fmadd_ps(each, parts[v], totals[m][v]);
+      const Floats each = every(x[m][k]);
+      for (int v = 0; v < V; ++v) totals[m][v] = multiplied_added(each, parts[v], totals[m][v]);
     }
   }
   for (int m = 0; m < M; ++m) {
     for (int v = 0; v < V; ++v) {
-      float* to = y[m] + v * kLanes;
-      if (kApart) totals[m][v] = _mm256_add_ps(load<kEnds>(to, left - v * kLanes), totals[m][v]);
-      store<kEnds>(to, totals[m][v], left - v * kLanes);
+      float* to = y[m] + v * kFloats;
+      if (kApart) totals[m][v] = load<kEnds>(to, left - v * kFloats) + totals[m][v];
+      store<kEnds>(to, totals[m][v], left - v * kFloats);
     }
   }
 }
@@ -84,12 +84,15 @@ void accumulate(const float* const* x, int64_t depth, const T* w, int64_t stride
   for (int64_t c = 0; c < columns;) {
     for (int m = 0; m < M; ++m) at[m] = y[m] + c;
     const int64_t left = columns - c;
-    if (left >= 2 * kLanes) {
+    if (left >= 2 * kFloats) {
       accumulate<M, 2, false, kApart>(x, depth, w + c, stride, left, at);
-      c += 2 * kLanes;
+      c += 2 * kFloats;
+    } else if (left >= kFloats) {
+      accumulate<M, 1, false, kApart>(x, depth, w + c, stride, left, at);
+      c += kFloats;
     } else {
       accumulate<M, 1, true, kApart>(x, depth, w + c, stride, left, at);
-      c += kLanes;
+      c += kFloats;
     }
   }
 }
@@ -101,15 +104,15 @@ inline int64_t quarter_of(int64_t depth, int quarter) { return quarter < kQuarte
 // y[c] += sum over k of x[k] * w[k][c], of each quarter for itself, so that one addition does not wait for the other: S quarters at once.
 template <int S, int V, bool kEnds, class T>
 void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stride, int64_t left, float* y) {
-  const int64_t each = depth / kQuarters, last = (depth - 1) * stride + left - kLanes;
+  const int64_t each = depth / kQuarters, last = (depth - 1) * stride + left - kFloats;
   for (int first = 0; first < kQuarters; first += S) {
-    __m256 totals[S][V];
+    Floats totals[S][V];
     for (auto& of : totals)
-      for (__m256& total : of) total = _mm256_setzero_ps();
+      for (Floats& total : of) total = every(0.f);
     const auto add = [&](int s, int64_t k) {
-      const __m256 one = _mm256_broadcast_ss(x + k);
+      const Floats one = every(x[k]);
       for (int v = 0; v < V; ++v)
-        totals[s][v] = _mm256_fmadd_ps(one, load<kEnds>(w, k * stride + v * kLanes, last, left - v * kLanes), totals[s][v]);
+        totals[s][v] = multiplied_added(one, load<kEnds>(w, k * stride + v * kFloats, last, left - v * kFloats), totals[s][v]);
     };
     for (int64_t k = first * each; k < (first + 1) * each; ++k)
 #pragma GCC unroll 4
@@ -117,9 +120,9 @@ void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stri
     if (first + S == kQuarters)
       for (int64_t k = kQuarters * each; k < depth; ++k) add(S - 1, k);
     for (int v = 0; v < V; ++v) {
-      __m256 sum = load<kEnds>(y + v * kLanes, left - v * kLanes);
-      for (int s = 0; s < S; ++s) sum = _mm256_add_ps(sum, totals[s][v]);
-      store<kEnds>(y + v * kLanes, sum, left - v * kLanes);
+      Floats sum = load<kEnds>(y + v * kFloats, left - v * kFloats);
+      for (int s = 0; s < S; ++s) sum = sum + totals[s][v];
+      store<kEnds>(y + v * kFloats, sum, left - v * kFloats);
     }
   }
 }
@@ -129,15 +132,18 @@ template <class T>
 void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* y) {
   for (int64_t c = 0; c < columns;) {
     const int64_t left = columns - c;
-    if (left >= 4 * kLanes) {
+    if (left >= 4 * kFloats) {
       accumulate_quarters<2, 4, false>(x, depth, w + c, stride, left, y + c);
-      c += 4 * kLanes;
-    } else if (left >= 2 * kLanes) {
+      c += 4 * kFloats;
+    } else if (left >= 2 * kFloats) {
       accumulate_quarters<4, 2, false>(x, depth, w + c, stride, left, y + c);
-      c += 2 * kLanes;
+      c += 2 * kFloats;
+    } else if (left >= kFloats) {
+      accumulate_quarters<4, 1, false>(x, depth, w + c, stride, left, y + c);
+      c += kFloats;
     } else {
       accumulate_quarters<4, 1, true>(x, depth, w + c, stride, left, y + c);
-      c += kLanes;
+      c += kFloats;
     }
   }
 }
@@ -145,26 +151,34 @@ void accumulate_quarters(const float* x, int64_t depth, const T* w, int64_t stri
 // The same for one row of x and a few rows of w, which are read on and on: they are far from each other in memory.
 template <int Depth, bool kEnds, class T>
 void accumulate_along(const float* x, const T* w, int64_t stride, int64_t columns, float* y) {
-  __m256 each[Depth];
-  for (int k = 0; k < Depth; ++k) each[k] = _mm256_broadcast_ss(x + k);
-  for (int64_t c = 0; c < columns; c += kLanes) {
+  Floats each[Depth];
+  for (int k = 0; k < Depth; ++k) each[k] = every(x[k]);
+  for (int64_t c = 0; c < columns; c += kFloats) {
     if (!kEnds && c * sizeof(T) % kLine == 0)  // of the rows that follow
       for (int k = 0; k < Depth; ++k) _mm_prefetch(reinterpret_cast<const char*>(w + (Depth + k) * stride + c), _MM_HINT_NTA);
-    __m256 total = load<kEnds>(y + c, columns - c);
-    for (int k = 0; k < Depth; ++k) total = _mm256_fmadd_ps(each[k], load<kEnds>(w + k * stride + c, columns - c), total);
+    Floats total = load<kEnds>(y + c, columns - c);
+    for (int k = 0; k < Depth; ++k) total = multiplied_added(each[k], load<kEnds>(w + k * stride + c, columns - c), total);
     store<kEnds>(y + c, total, columns - c);
   }
 }
 
 template <class T>
 void accumulate_along(const float* x, int64_t depth, const T* w, int64_t stride, int64_t columns, float* y) {
-  const int64_t whole = columns / kLanes * kLanes;
+  const int64_t whole = columns / kFloats * kFloats;
   int64_t k = 0;
   for (; k + 8 <= depth; k += 8) accumulate_along<8, false>(x + k, w + k * stride, stride, whole, y);
   for (; k < depth; ++k) accumulate_along<1, false>(x + k, w + k * stride, stride, whole, y);
   if (whole < columns)
     for (k = 0; k < depth; ++k) accumulate_along<1, true>(x + k, w + k * stride + whole, stride, columns - whole, y + whole);
 }
+
+// What some ranks of a piece add to some columns of y.
+template <class T>
+struct Part {
+  Use use;
+  int64_t rank, depth, column, columns;
+  const T* b;  // (depth, columns), the stride is Pieces::rows
+};
 
 // Rows of one call and the pieces that they use.
 struct Updates {
@@ -228,34 +242,59 @@ struct Updates {
     for (size_t i = size; i < products.size(); ++i) products[i % size] += products[i];
   }
 
-  // Adds what the columns from `begin` to `end` of y get.
+  // What the columns from `begin` to `end` of y get, in parts.
   template <class T>
-  void up(const Pieces<T>& pieces, int64_t begin, int64_t end, float* y) const {
+  void divide(const Pieces<T>& pieces, int64_t begin, int64_t end, std::vector<Part<T>>& parts) const {
+    parts.clear();
     const int64_t depth = pieces.ranks / pieces.shares;
     for (int64_t s = 0; s < pieces.shares; ++s) {
       const int64_t first = std::max(begin, pieces.starts[s]), last = std::min(end, s + 1 < pieces.shares ? pieces.starts[s + 1] : pieces.rows);
       if (first >= last) continue;
-      for (const Use& use : uses) up(pieces, use, s * depth, depth, first, last - first, y);
+      for (const Use& use : uses)
+        parts.push_back({use, s * depth, depth, first, last - first, pieces.b + (use.piece * pieces.ranks + s * depth) * pieces.rows + first});
     }
   }
 
- private:
-  // The same for some ranks of one piece.
+  // Adds a part.
   template <class T>
-  void up(const Pieces<T>& pieces, const Use& use, int64_t rank, int64_t depth, int64_t column, int64_t columns, float* y) const {
-    const T* b = pieces.b + (use.piece * pieces.ranks + rank) * pieces.rows + column;
-    const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks + rank; };
-    const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + column; };
+  void up(const Pieces<T>& pieces, const Part<T>& part, float* y) const {
+    const auto from = [&](int64_t i) { return products.data() + i * pieces.ranks + part.rank; };
+    const auto to = [&](int64_t i) { return y + rows[i] * pieces.rows + part.column; };
+    const Use& use = part.use;
     int64_t i = use.first;
     for (; i + 4 <= use.first + use.count; i += 4) {
       const float* of[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};
       float* at[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
-      accumulate<4, false>(of, depth, b, pieces.rows, columns, at);
+      accumulate<4, false>(of, part.depth, part.b, pieces.rows, part.columns, at);
     }
     for (; i < use.first + use.count; ++i) {
-      int64_t used = depth;
+      int64_t used = part.depth;
       while (used > 0 && from(i)[used - 1] == 0) --used;  // ranks that only fill a piece
-      accumulate_along(from(i), used, b, pieces.rows, columns, to(i));
+      accumulate_along(from(i), used, part.b, pieces.rows, part.columns, to(i));
+    }
+  }
+};
+
+// Asks for B's numbers of some parts, a few lines of the cache at a time.
+template <class T>
+struct Asking {
+  const Part<T>*part, *end;
+  int64_t stride, each;
+  int64_t rank = 0, column = 0;
+  static constexpr int64_t kOfLine = kLine / sizeof(T);
+
+  Asking(const std::vector<Part<T>>& parts, int64_t rows, int64_t times) : part(parts.data()), end(part + parts.size()), stride(rows) {
+    int64_t lines = 0;
+    for (const Part<T>& p : parts) lines += p.depth * ((p.columns + kOfLine - 1) / kOfLine);
+    each = times ? (lines + times - 1) / times : 0;
+  }
+  void operator()() {
+    for (int64_t i = 0; i < each && part < end; ++i) {
+      _mm_prefetch(reinterpret_cast<const char*>(part->b + rank * stride + column), _MM_HINT_T1);
+      if (++rank < part->depth) continue;
+      rank = 0, column += kOfLine;
+      if (column < part->columns) continue;
+      column = 0, ++part;
     }
   }
 };

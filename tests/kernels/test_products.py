@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 import itertools
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 
 from QEfficient.kernels.check import TOLERANCE, Blocks, Floats, model, pieces, product, session, wrong
 
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 KINDS = list(itertools.product((4, 8), (32, 64, 128, 256), (False, True)))
 
 
@@ -124,9 +126,9 @@ def test_rows_of_several_tokens(library):
 
 
 FAULTS = {
-    "a bias that is left out": ("products.h", "(w.bias ? w.bias[n0 + r] : 0.f)", "0.f"),
+    "a bias that is left out": ("products.h", "(w.bias ? w.bias[n0] : 0.f)", "0.f"),
     "another zero point": ("products.h", "1 << (Format::kBits - 1)", "0"),
-    "scales of the block before": ("products.h", "Group::spread(scales + block)", "Group::spread(scales + block / 2)"),
+    "scales of the block before": ("products.h", "rows[t].scales + block", "rows[t].scales + block / 2"),
     "a part of a long row that is added twice": ("products.h", "first = layout.wide * part / parts", "first = 0"),
     "a piece for all rows": ("updates.h", "bool used = all;", "bool used = true;"),
     "floats of half the size": ("floats.h", "_mm256_cvtepu16_epi32(bits), 16)", "_mm256_cvtepu16_epi32(bits), 15)"),
@@ -138,8 +140,8 @@ FAULTS = {
     ),
     "ranks that are left out": (
         "updates.h",
-        "up(pieces, use, s * depth, depth,",
-        "up(pieces, use, s * depth, depth / 2,",
+        "{use, s * depth, depth,",
+        "{use, s * depth, depth / 2,",
     ),
     "columns that belong to others": ("updates.h", "std::max(begin, pieces.starts[s])", "begin"),
     "what the quarters leave over": (
@@ -190,19 +192,40 @@ inline __m256i dpbusd(__m256i sums, __m256i w, __m256i x) {
   std::memcpy(&sums, s, 32);
   return sums;
 }
-struct Weight {"""
+using Integers = __m256i;"""
+NARROW = ("registers.h", "#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)", "#if 0")
+WIDE_FAULTS = {
+    "rows of a register that change places": ("registers.h", "_mm512_mask_blend_ps(0xcccc,", "_mm512_mask_blend_ps(0x3333,"),
+    "halves that change places": ("registers.h", "_mm512_mask_blend_ps(0xff00,", "_mm512_mask_blend_ps(0x00ff,"),
+    "lanes that are left out": ("registers.h", "_mm512_shuffle_i64x2(a, b, 0xee)", "_mm512_setzero_si512()"),
+    "one row alone that is another": ("registers.h", "kLarge ? two(of_one, of_one) : of_one", "of_one"),
+}
 
 
 @pytest.mark.slow
-def test_cpus_with_vnni(built):
+def test_cpus_with_vnni_in_narrow_registers(built):
     """What they compile to is right, with their instruction written out, so that any CPU can tell."""
     path = built(
-        ("products.h", "#define HAS_VNNI 0", "#define HAS_VNNI 1"),
-        ("products.h", "struct Weight {", EMULATED),
-        ("products.h", "_mm256_dpbusd_epi32(", "dpbusd("),
-        ("products.h", "_mm256_dpbusd_avx_epi32(", "dpbusd("),
+        NARROW,
+        ("registers.h", "#define HAS_VNNI 0", "#define HAS_VNNI 1"),
+        ("registers.h", "using Integers = __m256i;", EMULATED),
+        ("registers.h", "_mm256_dpbusd_avx_epi32(", "dpbusd("),
     )
     assert wrong(path) == []
+
+
+@pytest.mark.slow
+def test_cpus_without_wide_registers(built):
+    """What they compile to is right on CPUs that have them, too."""
+    assert wrong(built(NARROW)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("avx512_vnni" not in CPU, reason="this CPU does not add up products of bytes in registers of 512 bits")
+@pytest.mark.parametrize("fault", WIDE_FAULTS)
+def test_the_check_sees_a_fault_in_wide_registers(built, fault):
+    """A library that computes something else is not used."""
+    assert wrong(built(WIDE_FAULTS[fault])) != []
 
 
 def _with_shape(made, shape):
