@@ -13,6 +13,7 @@ import onnx_ir as ir
 from QEfficient.compile.adapters import DropAdapterOutputs, FoldAdapterScaling, FoldAdapterTranspose, lowered_specs
 from QEfficient.compile.attention import FuseCacheAttention, OwnAttention, attends
 from QEfficient.compile.blocks import BITS
+from QEfficient.compile.gates import OwnGates
 from QEfficient.compile.halves import RoundWeights
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
@@ -147,6 +148,7 @@ class OnnxRuntime:
         if own:  # otherwise there is nothing that the library is needed for
             model, _ = AdaptersIntoProducts(tensors).apply(model)
             model, _ = OwnAttention().apply(model)
+            model, _ = OwnGates().apply(model)
             specs = lowered_specs(model, manifest.adapter)
         pieces = GatherAdapterPieces(tensors)
         if mixed:

@@ -17,20 +17,6 @@
 
 #include "lanes.h"
 
-// e^x, within 2 units in the last place; 0 is about 1e-38, NaN stays NaN.
-inline __m256 exponential(__m256 x) {
-  x = _mm256_min_ps(_mm256_set1_ps(88.f), _mm256_max_ps(_mm256_set1_ps(-87.f), x));  // in this order, NaN remains
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);  // log 2 in two parts
-  x = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), x);
-  __m256 p = _mm256_set1_ps(1.9875691500e-4f);  // Cephes, expf
-  for (const float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm256_fmadd_ps(p, x, _mm256_set1_ps(next));
-  p = _mm256_fmadd_ps(p, _mm256_mul_ps(x, x), _mm256_add_ps(x, _mm256_set1_ps(1.f)));
-  const __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_mul_ps(p, _mm256_castsi256_ps(power));
-}
-
 // One call. Sizes: B rows, H heads of queries and G of keys and values, D numbers in each, L places in the cache, R of each head that are turned.
 struct Attention {
   int64_t rows, heads, kv_heads, size, places, turned;
@@ -76,9 +62,10 @@ struct Attention {
     }
   };
 
-  // Some places of the cache of a row's head.
+  // Some places of the cache of a row's head: all that it attends to, or some of them.
   struct Part {
     int64_t row, head, first, count;
+    bool all;
   };
   static constexpr int64_t kPart = 512, kBlock = 2 * kLanes;
   std::vector<Part> parts;
@@ -95,9 +82,10 @@ struct Attention {
         const int64_t at = ((b * kv_heads + g) * places + last[b]) * size, end = last[b] + 1;
         turn(key + b * key_stride + g * size, last[b], 1.f, keys + at);
         std::copy_n(value + b * key_stride + g * size, size, values + at);
-        for (int64_t i = window < 0 ? 0 : std::max<int64_t>(0, end - window); i < end;) {
+        const int64_t first = window < 0 ? 0 : std::max<int64_t>(0, end - window);
+        for (int64_t i = first; i < end;) {
           const int64_t next = std::min(end, (i / kPart + 1) * kPart);
-          parts.push_back({b, g, i, next - i});
+          parts.push_back({b, g, i, next - i, next - i == end - first});
           i = next;
         }
       }
@@ -134,6 +122,7 @@ struct Attention {
       out[h * (size + 2) + size] = weights.largest[h];
       out[h * (size + 2) + size + 1] = sum_of(_mm256_loadu_ps(weights.totals.data() + h * kLanes));
     }
+    if (part.all) join(i, i + 1);
   }
 
   // Puts the parts together.
@@ -141,24 +130,29 @@ struct Attention {
     for (size_t i = 0; i < parts.size();) {
       size_t next = i + 1;
       while (next < parts.size() && parts[next].row == parts[i].row && parts[next].head == parts[i].head) ++next;
-      for (int64_t h = 0; h < group(); ++h) {
-        const auto of = [&](size_t p) { return sums_at(p) + h * (size + 2); };
-        float largest = of(i)[size], total = 0;
-        for (size_t p = i; p < next; ++p) largest = std::max(largest, of(p)[size]);
-        float* out = y + parts[i].row * heads * size + (parts[i].head * group() + h) * size;
-        std::fill_n(out, size, 0.f);
-        for (size_t p = i; p < next; ++p) {
-          const float weight = std::exp(of(p)[size] - largest);
-          total += weight * of(p)[size + 1];
-          for (int64_t d = 0; d < size; ++d) out[d] += weight * of(p)[d];
-        }
-        for (int64_t d = 0; d < size; ++d) out[d] /= total;
-      }
+      if (!parts[i].all) join(i, next);
       i = next;
     }
   }
 
  private:
+  // Makes y of the parts of a row's head.
+  void join(size_t first, size_t last) {
+    for (int64_t h = 0; h < group(); ++h) {
+      const auto of = [&](size_t p) { return sums_at(p) + h * (size + 2); };
+      float largest = of(first)[size], total = 0;
+      for (size_t p = first; p < last; ++p) largest = std::max(largest, of(p)[size]);
+      float* out = y + parts[first].row * heads * size + (parts[first].head * group() + h) * size;
+      std::fill_n(out, size, 0.f);
+      for (size_t p = first; p < last; ++p) {
+        const float weight = std::exp(of(p)[size] - largest);
+        total += weight * of(p)[size + 1];
+        for (int64_t d = 0; d < size; ++d) out[d] += weight * of(p)[d];
+      }
+      for (int64_t d = 0; d < size; ++d) out[d] /= total;
+    }
+  }
+
   // Asks for numbers that are needed soon; there may be none.
   static void ask(const float* p, int64_t count) {
     for (int64_t i = 0; i < count; i += 16) _mm_prefetch(reinterpret_cast<const char*>(p + i), _MM_HINT_NTA);

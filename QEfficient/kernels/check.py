@@ -238,6 +238,29 @@ def wrong_updates(library: Path) -> list[str]:
     return found
 
 
+def wrong_ranks(library: Path) -> list[str]:
+    """Return a line for each adapter that the library adds wrongly: of few ranks, of one, and the bare base, zeros, right after them."""
+    found = []
+    rng = np.random.default_rng(5)
+    blocks = Blocks.random(rng, 37, 200, bits=4, block_size=32, zeros=False)
+    floats = Floats(rng.standard_normal((37, 200)).astype(np.float16))
+    x = rng.standard_normal((3, 200)).astype(np.float32)
+    weights: tuple[Blocks | Floats, ...] = (blocks, floats)
+    for weight, starts in itertools.product(weights, ((), (0, 19))):
+        run, rank = session(model(weight, adapters=True, starts=starts), library), max(1, len(starts))
+        for adapter in (rng.standard_normal((200, 4 * rank)), rng.standard_normal((200, rank)), np.zeros((200, rank))):
+            a, b = adapter.astype(weight.adapters), rng.standard_normal((adapter.shape[1], 37)).astype(weight.adapters)
+            got = run.run(None, {"x": x, "a": a, "b": b, "places": np.ones((1, 1, 1), np.float32)})[0]
+            added = x.astype(np.float64) @ a.astype(np.float64) @ (b * counted(len(b), 37, starts)).astype(np.float64)
+            wanted = product(x, weight) + added
+            off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
+            if not off < TOLERANCE:
+                found.append(
+                    f"{weight.operator}, an adapter of rank {len(b)} alone: off by {off:.1e} of the largest value"
+                )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class Heads:
     """What an attention is made of: heads of queries, heads of keys and values, numbers in each, tokens that a token attends to."""
@@ -357,6 +380,28 @@ def wrong_attention(library: Path) -> list[str]:
     return found
 
 
+def gates() -> Any:
+    """Return a model of one ``GatedSilu``: ``gate`` and ``up`` to ``y``."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("gate", "up")]
+    outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)]
+    graph = helper.make_graph(
+        [helper.make_node("GatedSilu", ["gate", "up"], ["y"], domain=DOMAIN)], "graph", inputs, outputs
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def wrong_gates(library: Path) -> list[str]:
+    """Return a line if the library computes gates wrongly: of numbers of any size, as many as several threads take and some."""
+    rng = np.random.default_rng(4)
+    gate, up = (rng.standard_normal((3, 3001)) * 10 ** rng.uniform(-3, 2, (3, 3001)) for _ in range(2))
+    wanted = gate / (1 + np.exp(-gate)) * up
+    feeds = {"gate": gate.astype(np.float32), "up": up.astype(np.float32)}
+    got = session(gates(), library, threads=2).run(None, feeds)[0]
+    off = float((np.abs(got - wanted) / np.maximum(np.abs(wanted), 1e-20)).max())
+    return [] if off < TOLERANCE else [f"gates: off by {off:.1e} of a value"]
+
+
 def counted(rank: int, columns: int, starts: Sequence[int]) -> Array:
     """Return which numbers of ``B`` ``(rank, columns)`` count: each part of the ranks has those from its start to the next one's."""
     if not starts:
@@ -385,7 +430,7 @@ def pieces(
 
 def wrong(library: Path) -> list[str]:
     """Return a line for each thing that the library computes wrongly."""
-    checks = (wrong_products, wrong_floats, wrong_updates, wrong_attention)
+    checks = (wrong_products, wrong_floats, wrong_updates, wrong_ranks, wrong_attention, wrong_gates)
     return [line for check in checks for line in check(library)]
 
 

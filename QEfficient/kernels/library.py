@@ -26,7 +26,17 @@ DOMAIN = "QEfficient"
 
 FILE = "kernels.so"
 COMPILERS = ("c++", "g++", "clang++")
-SOURCES = ("attention.h", "floats.h", "lanes.h", "operators.cpp", "ort_abi.h", "products.h", "registers.h", "updates.h")
+SOURCES = (
+    "attention.h",
+    "floats.h",
+    "gates.h",
+    "lanes.h",
+    "operators.cpp",
+    "ort_abi.h",
+    "products.h",
+    "registers.h",
+    "updates.h",
+)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-w")
 _MOST_SECONDS = 300
 HERE = Path(__file__).parent

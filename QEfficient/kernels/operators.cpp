@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "floats.h"
+#include "gates.h"
 #include "ort_abi.h"
 #include "products.h"
 #include "updates.h"
@@ -242,6 +243,42 @@ struct FloatProduct {
   };
 };
 
+// GatedSilu(gate, up) -> y, all of one shape.
+struct GatedSilu {
+  enum Input { kGate, kUp, kInputs };
+  static constexpr int64_t kTask = 4096;  // numbers that a thread makes at once
+
+  OrtStatus* create(const OrtKernelInfo*) { return nullptr; }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor in[kInputs];
+    for (size_t i = 0; i < kInputs; ++i)
+      if (auto* error = in[i].read(context, i, true)) return error;
+    const Tensor &gate = in[kGate], &up = in[kUp];
+    if (gate.rank != up.rank || !std::equal(gate.dims, gate.dims + gate.rank, up.dims))
+      return api.status(kInvalidArgument, "GatedSilu: gate and up are not of one shape");
+    OrtValue* out = nullptr;
+    void* y = nullptr;
+    if (auto* error = api.output(context, 0, gate.dims, gate.rank, &out)) return error;
+    if (auto* error = api.data(out, &y)) return error;
+    Call call{gate.as<float>(), up.as<float>(), static_cast<float*>(y), 1};
+    for (size_t i = 0; i < gate.rank; ++i) call.count *= gate.dims[i];
+    const auto part = [](void* data, size_t i) {
+      const auto& c = *static_cast<const Call*>(data);
+      const int64_t first = static_cast<int64_t>(i) * kTask;
+      ::gate(c.gate + first, c.up + first, std::min(kTask, c.count - first), c.y + first);
+    };
+    if (call.count == 0) return nullptr;
+    return api.parallel_for(context, part, (call.count + kTask - 1) / kTask, 0, &call);
+  }
+
+  struct Call {
+    const float *gate, *up;
+    float* y;
+    int64_t count;
+  };
+};
+
 // The operator whose kernels are of a class.
 template <class Kernel>
 OrtCustomOp operator_of() {
@@ -284,6 +321,14 @@ OrtCustomOp float_product() {
   op.GetName = [](const OrtCustomOp*) { return kType == kBfloat16 ? "Bfloat16Product" : "Float16Product"; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == Kernel::kData ? kType : kFloat; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i <= Kernel::kData ? kRequired : kOptional; };
+  return op;
+}
+
+OrtCustomOp gated_silu() {
+  OrtCustomOp op = operator_of<GatedSilu>();
+  op.GetName = [](const OrtCustomOp*) { return "GatedSilu"; };
+  op.GetInputType = [](const OrtCustomOp*, size_t) { return kFloat; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
   return op;
 }
 
@@ -396,7 +441,7 @@ OrtCustomOp cache_attention() {
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp ops[] = {block_product(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention()};
+  static const OrtCustomOp ops[] = {block_product(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is

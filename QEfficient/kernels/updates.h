@@ -199,8 +199,10 @@ struct Updates {
     uses.clear();
     rows.clear();
     jobs.clear();
+    products.clear();
     const bool all = !places || (batch == 1 && pieces.count == 1);
     const int64_t of_each = batch > 1 ? count / batch : count, parts = (pieces.columns + kDepth - 1) / kDepth;
+    if (pieces.count == 1 && pieces.ranks == pieces.shares && zeros(pieces.a, pieces.columns * pieces.ranks)) return;  // the bare base
     for (int64_t c = 0; c < pieces.count; ++c) {
       Use use{c, static_cast<int64_t>(rows.size()), 0};
       for (int64_t row = 0; row < count; ++row) {
@@ -214,6 +216,11 @@ struct Updates {
       if (use.count) uses.push_back(use);
     }
     products.assign(parts * rows.size() * pieces.ranks, 0.f);
+  }
+
+  template <class T>
+  static bool zeros(const T* p, int64_t count) {
+    return p[0] == 0 && std::memcmp(p, p + 1, (count - 1) * sizeof(T)) == 0;
   }
 
   // A job's products with A.
