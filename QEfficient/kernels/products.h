@@ -2,7 +2,7 @@
 // Products x W^T with W (N, K) in blocks of 4- or 8-bit numbers, laid out as for ONNX Runtime's MatMulNBits.
 //
 // A row of x is rounded to 8 bits, block by block, and multiplied as integers. Unsigned weights are used as they are stored: what their zero points
-// add to a sum, zero * sum(x), is taken away from it, as integers. Several small blocks are multiplied side by side, each in lanes of its own, so that what is to
+// add to a sum, zero * sum(x), is taken away from it, as integers: a sum begins with it. Several small blocks are multiplied side by side, each in lanes of its own, so that what is to
 // be done once a block is done for all of them at once.
 #pragma once
 #include <immintrin.h>
@@ -57,7 +57,7 @@ struct Group {
   using Sum = typename Format::Sum;
   static constexpr int kBytes = Bytes, kRegisters = Bytes / kRegister, kBlocks = std::max(1, Bytes / kBlockBytes), kColumns = Bytes * Format::kColumns;
   static constexpr int kParts = kRegisters * Format::kParts;
-  static constexpr int kPanelBytes = kRegister * (kParts + 2);  // of a row of x: the numbers, then for each lane what is taken away and their scale
+  static constexpr int kPanelBytes = kRegister * (kParts + 2);  // of a row of x: the numbers, then for each lane what its sum begins with and their scale
 
   // The bytes, so that each 32-bit lane holds those of one block, the same in all registers: block_of(lane).
   static constexpr int kMixed = std::min(kBlocks, kRegisters);  // registers whose lanes stand side by side
@@ -254,10 +254,10 @@ INLINE void add_group(const WeightRow* rows, int64_t at, int64_t block, int64_t 
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
     const uint8_t* x = panel + m * Group::kPanelBytes;
-    const Integers taken = loaded(x + Group::kParts * kRegister);
+    const Integers begin = loaded(x + Group::kParts * kRegister);
     Sum sums[std::max(T, 2)];  // of several rows, or of one in two, so that one addition does not wait for the other
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) sums[t].lanes = kZeros ? Sum::times(taken, zeros[t]) : taken;
+    for (int t = 0; t < T; ++t) sums[t].lanes = kZeros ? Sum::times(begin, zeros[t]) : begin;
 #pragma GCC unroll 8
     for (int i = 0; i < Group::kParts; ++i) {
       Integers numbers = loaded(x + i * kRegister);

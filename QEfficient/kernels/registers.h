@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 // What products of blocks need of registers: of 512 bits where the CPU adds up products of bytes in them, otherwise of 256.
 //
-// In wide registers two rows of weights can be multiplied together, so that what is loaded of x serves both: kTogether. A Sum is of products of bytes,
-// unsigned ones of weights and signed ones of activations, four of them in each lane of 32 bits.
+// In wide registers several rows of weights are multiplied together, so that what is loaded of x serves all of them: together_of, for large blocks (64 bytes
+// and more) and small ones. A Sum is of products of bytes, unsigned ones of weights and signed ones of activations, four of them in each lane of 32 bits.
 #pragma once
 #include <immintrin.h>
 
@@ -72,8 +72,8 @@ struct Sum {
 using Sum4 = Sum;
 using Sum8 = Sum;
 
-// What T rows of weights add, in one register. Where blocks take 64 bytes and more (kLarge), four rows do: the first two have the lower half, and of its
-// four lanes the first has the first two. Where they are smaller, two rows do, in the same way in both halves. Less than that stand there several times.
+// What T rows of weights add, in one register. Each has two of four lanes: the first and the second row those of the lower half, in large blocks, the third
+// and the fourth those of the upper one; in small blocks there are two rows, in both halves. One row alone stands in all of its register.
 template <int T, bool kLarge>
 INLINE Integers together(const Sum* sums) {
   const auto pair = [](Integers a, Integers b) { return _mm512_add_epi32(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)); };
