@@ -45,3 +45,15 @@ def no_network() -> Iterator[None]:
     socket.socket.connect = local_only  # type: ignore[method-assign]
     yield
     socket.socket.connect = connect  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session")
+def library() -> Path:
+    """Return our kernels' library, made for this machine; skip what needs it where there can be none."""
+    from QEfficient.errors import UnsupportedError
+    from QEfficient.kernels import library as made
+
+    try:
+        return made.library()
+    except UnsupportedError as e:
+        pytest.skip(f"this machine has no kernels: {e}")

@@ -162,6 +162,10 @@ def model(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(array, name) for name, array in parts.items() if array is not None],
     )
+    return _model_of(graph)
+
+
+def _model_of(graph: Any) -> Any:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
@@ -308,8 +312,7 @@ class Heads:
             ],
             [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
         )
-        opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-        return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        return _model_of(graph)
 
     def attend(self, feeds: dict[str, Array]) -> tuple[Array, Array, Array]:
         """Return what the operator returns, float64: the sums of values ``(B, S, H D)`` and the caches with the tokens in them."""
@@ -387,8 +390,7 @@ def gates() -> Any:
     graph = helper.make_graph(
         [helper.make_node("GatedSilu", ["gate", "up"], ["y"], domain=DOMAIN)], "graph", inputs, outputs
     )
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return _model_of(graph)
 
 
 def wrong_gates(library: Path) -> list[str]:

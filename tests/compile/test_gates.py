@@ -6,7 +6,6 @@ import onnx_ir as ir
 import pytest
 
 from QEfficient.compile.gates import OPERATOR, OwnGates
-from QEfficient.kernels import library
 from QEfficient.kernels.check import gates, session
 
 # Sigmoids that differ in the last places of float32: seen 2e-6 of logits near 10, through two layers.
@@ -18,16 +17,9 @@ def _operators(model):
     return Counter(node.op_type for node in model.graph)
 
 
-@pytest.fixture
-def made_library():
-    """Return the library of this machine."""
-    if reason := library.why_not():
-        pytest.skip(f"this machine has no kernels: {reason}")
-    return library.library()
-
-
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("style", GATES)
-def test_same_logits(exported, trace, tmp_path, made_library, style):
+def test_same_logits(exported, trace, tmp_path, style):
     """Every gate by SiLU becomes one operator, others stay, and the logits agree."""
     made = exported(style)
     before = trace(made.session(made.load(), tmp_path / "before"))
@@ -60,20 +52,20 @@ def test_other_shapes(exported):
     assert OwnGates().apply(model)[1] is False
 
 
-def test_operator_refuses_other_shapes(made_library):
+def test_operator_refuses_other_shapes(library):
     """A gate that does not fit is an error; one of nothing gives nothing."""
-    run = session(gates(), made_library)
+    run = session(gates(), library)
     feeds = {"gate": np.zeros((2, 3), np.float32), "up": np.zeros((3, 2), np.float32)}
     with pytest.raises(Exception, match="not of one shape"):
         run.run(None, feeds)
     assert run.run(None, {name: np.zeros((0, 3), np.float32) for name in feeds})[0].shape == (0, 3)
 
 
-def test_values_of_any_size(made_library):
+def test_values_of_any_size(library):
     """Large numbers saturate as they do in float32; what is no number stays so."""
     gate = np.array([-1e4, -60, -1, -0.0, 1e-30, 1, 60, 1e4, np.nan, 2], np.float32)
     up = np.array([2, 2, 2, 2, 2, 2, 2, 2, 2, np.nan], np.float32)
-    got = session(gates(), made_library).run(None, {"gate": gate, "up": up})[0]
+    got = session(gates(), library).run(None, {"gate": gate, "up": up})[0]
     wide = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         wanted = wide / (1 + np.exp(-wide)) * up

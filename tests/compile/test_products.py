@@ -23,10 +23,7 @@ NO_WORSE = 1.05
 FLOAT32 = 2e-6
 
 
-@pytest.fixture(autouse=True)
-def _has_kernels():
-    if reason := library.why_not():
-        pytest.skip(f"this machine has no kernels: {reason}")
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def _operators(program):

@@ -1,22 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The library of this machine, and libraries with a fault in them."""
+"""Libraries with a fault in them."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from QEfficient.errors import UnsupportedError
 from QEfficient.kernels import library as made
-
-
-@pytest.fixture(scope="session")
-def library() -> Path:
-    """Return the library of this machine."""
-    try:
-        return made.library()
-    except UnsupportedError as e:
-        pytest.skip(f"this machine has no kernels: {e}")
 
 
 @pytest.fixture

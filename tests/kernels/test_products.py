@@ -176,12 +176,31 @@ FAULTS = {
 }
 
 
+WIDE_FAULTS = {
+    "rows of a register that change places": (
+        "registers.h",
+        "_mm512_mask_blend_ps(0xcccc,",
+        "_mm512_mask_blend_ps(0x3333,",
+    ),
+    "halves that change places": ("registers.h", "_mm512_mask_blend_ps(0xff00,", "_mm512_mask_blend_ps(0x00ff,"),
+    "lanes that are left out": ("registers.h", "_mm512_shuffle_i64x2(a, b, 0xee)", "_mm512_setzero_si512()"),
+    "one row alone that is another": ("registers.h", "kLarge ? two(of_one, of_one) : of_one", "of_one"),
+}
+WIDE = pytest.mark.skipif(
+    "avx512_vnni" not in CPU, reason="this CPU does not add up products of bytes in registers of 512 bits"
+)
+
+
 @pytest.mark.parametrize(
-    "fault", [pytest.param(f, marks=pytest.mark.slow) if i > 1 else f for i, f in enumerate(FAULTS)]
+    "fault",
+    [
+        *(pytest.param(f, marks=pytest.mark.slow) if i > 1 else f for i, f in enumerate(FAULTS)),
+        *(pytest.param(f, marks=[pytest.mark.slow, WIDE]) for f in WIDE_FAULTS),
+    ],
 )
 def test_the_check_sees_a_fault(built, fault):
     """A library that computes something else is not used."""
-    faulty = built(FAULTS[fault])
+    faulty = built((FAULTS | WIDE_FAULTS)[fault])
     assert wrong(faulty) != []
 
 
@@ -200,16 +219,6 @@ inline __m256i dpbusd(__m256i sums, __m256i w, __m256i x) {
 }
 using Integers = __m256i;"""
 NARROW = ("registers.h", "#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)", "#if 0")
-WIDE_FAULTS = {
-    "rows of a register that change places": (
-        "registers.h",
-        "_mm512_mask_blend_ps(0xcccc,",
-        "_mm512_mask_blend_ps(0x3333,",
-    ),
-    "halves that change places": ("registers.h", "_mm512_mask_blend_ps(0xff00,", "_mm512_mask_blend_ps(0x00ff,"),
-    "lanes that are left out": ("registers.h", "_mm512_shuffle_i64x2(a, b, 0xee)", "_mm512_setzero_si512()"),
-    "one row alone that is another": ("registers.h", "kLarge ? two(of_one, of_one) : of_one", "of_one"),
-}
 
 
 @pytest.mark.slow
@@ -228,16 +237,6 @@ def test_cpus_with_vnni_in_narrow_registers(built):
 def test_cpus_without_wide_registers(built):
     """What they compile to is right on CPUs that have them, too."""
     assert wrong(built(NARROW)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    "avx512_vnni" not in CPU, reason="this CPU does not add up products of bytes in registers of 512 bits"
-)
-@pytest.mark.parametrize("fault", WIDE_FAULTS)
-def test_the_check_sees_a_fault_in_wide_registers(built, fault):
-    """A library that computes something else is not used."""
-    assert wrong(built(WIDE_FAULTS[fault])) != []
 
 
 def _with_shape(made, shape):
