@@ -83,10 +83,10 @@ def quantize(weight: Array, *, bits: int, block_size: int, symmetric: bool) -> B
 def dequantize(blocks: Blocks, columns: int) -> Array:
     """Return the weight that ``blocks`` stand for, ``(N, columns)``."""
     rows, count = blocks.scales.shape
-    numbers = _unpack(blocks.data, blocks.bits).astype(np.float32)
+    numbers = unpack(blocks.data, blocks.bits).astype(np.float32)
     zeros: Any = 2 ** (blocks.bits - 1)
     if blocks.zeros is not None:
-        zeros = _unpack(blocks.zeros, blocks.bits)[:, :count, None].astype(np.float32)
+        zeros = unpack(blocks.zeros, blocks.bits)[:, :count, None].astype(np.float32)
     weight: Array = ((numbers - zeros) * blocks.scales[..., None]).reshape(rows, -1)[:, :columns]
     return weight
 
@@ -107,7 +107,8 @@ def _pack(numbers: Array, bits: int) -> Array:
     return packed
 
 
-def _unpack(data: Array, bits: int) -> Array:
+def unpack(data: Array, bits: int) -> Array:
+    """Return the numbers that bytes hold, along their last axis."""
     if bits == 8:
         return data
     pairs: Array = np.stack([data & 15, data >> 4], axis=-1)

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Products by operators of our own, compiled for the machine (:mod:`QEfficient.kernels`): weights in blocks, and in 16-bit floats.
 
-The weights stay as they are laid out, and are read where the file is mapped. With blocks, a row's result does not depend on the rows beside it.
+Weights are read where their file is mapped: blocks are laid out for that when the program is written, 16-bit floats lie there as they are in
+the checkpoint. With blocks, a row's result does not depend on the rows beside it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.adapters import part_starts
+from QEfficient.compile.blocks import count_blocks, unpack
 from QEfficient.compile.matrices import MatrixUse, matrix_uses, replace_product, with_bias
-from QEfficient.compile.values import CONTRIB, operands, replace_node, two_products, used_once
+from QEfficient.compile.values import CONTRIB, new_computed, operands, replace_node, two_products, used_once
+from QEfficient.compile.weightfile import read_weight
 from QEfficient.kernels.library import DOMAIN
+from QEfficient.kernels.strips import STRIP, count_strips, data_in_strips, in_strips
+
+Array = npt.NDArray[Any]
 
 _SAME = ("K", "N", "bits", "block_size")
 _SMALLEST_BLOCK = 32
@@ -23,31 +30,80 @@ _OF_FLOATS: dict[ir.DataType | None, str] = {
     ir.DataType.FLOAT16: "Float16Product",
 }
 _ADAPTER = {_IN_BLOCKS: 5} | dict.fromkeys(_OF_FLOATS.values(), 3)
-_GROUPS = 4
-"""The place of ``MatMulNBits``' input that says which column is in which group; we never give it."""
 
 
 class OwnProducts:
     """``MatMulNBits`` becomes ``BlockProduct``, where blocks have 32 weights or more.
 
-    Both round activations to 8 bits in blocks and multiply integers.
+    Both round activations to 8 bits in blocks and multiply integers. The weights are laid out in strips (:mod:`QEfficient.kernels.strips`):
+    where an embedding is one of them, ``GatherBlockQuantized`` becomes ``BlockRows``, which takes rows out of strips.
     """
 
     def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
         """Replace every match in ``model``; return it, and whether there was one."""
-        changed = False
+        weights: dict[ir.Value | None, _Strips] = {}
         for node in list(model.graph):
             if node.op_type != "MatMulNBits" or node.domain != CONTRIB:
                 continue
             if node.attributes["block_size"].as_int() < _SMALLEST_BLOCK:
                 continue
-            inputs = [*node.inputs[:_GROUPS], *node.inputs[_GROUPS + 1 :]]
-            own = ir.node(_IN_BLOCKS, inputs, {n: node.attributes[n].as_int() for n in _SAME}, domain=DOMAIN)
+            x, data, _, _, _, bias = _six(node)
+            if data not in weights:
+                weights[data] = _Strips(model.graph, node)
+            weight = weights[data]
+            own = ir.node(_IN_BLOCKS, _trimmed([x, *weight.inputs, bias]), weight.sizes, domain=DOMAIN)
             replace_node(model.graph, node, own)
-            changed = True
-        if changed:
+        for node in list(model.graph):
+            rows = node.inputs[0].producer() if node.op_type == "GatherBlockQuantized" and node.inputs[0] else None
+            if rows is None or rows.inputs[0] not in weights:
+                continue
+            weight = weights[rows.inputs[0]]
+            own = ir.node("BlockRows", _trimmed([node.inputs[1], *weight.inputs]), weight.sizes, domain=DOMAIN)
+            replace_node(model.graph, node, own)
+        if weights:
             model.opset_imports.setdefault(DOMAIN, 1)
-        return model, changed
+            common.RemoveUnusedNodesPass()(model)
+        return model, bool(weights)
+
+
+class _Strips:
+    """The weight of a ``MatMulNBits`` as initializers that lay themselves out when they are written.
+
+    Attributes:
+        inputs: Data, scales, and zero points or ``None``.
+        sizes: The operator's attributes.
+    """
+
+    def __init__(self, graph: ir.Graph, product: ir.Node) -> None:
+        self.sizes = {name: product.attributes[name].as_int() for name in _SAME}
+        bits, size = self.sizes["bits"], self.sizes["block_size"]
+        strips, blocks = count_strips(self.sizes["N"]), count_blocks(self.sizes["K"], size)
+
+        def laid_out(value: ir.Value | None, shape: Sequence[int], lay: Callable[[Array], Array]) -> ir.Value | None:
+            if value is None or value.dtype is None or value.const_value is None:
+                return None
+            tensor = value.const_value
+            name = f"{value.name}_in_strips"
+            return new_computed(graph, name, value.dtype, (strips, *shape), lambda: lay(read_weight(tensor)))
+
+        _, data, scales, zeros, _, _ = _six(product)
+        self.inputs = [
+            laid_out(data, (blocks * size * bits // 32, STRIP, 4), data_in_strips),
+            laid_out(scales, (blocks, STRIP), in_strips),
+            laid_out(zeros, (blocks, STRIP), lambda packed: in_strips(unpack(packed, bits)[:, :blocks])),
+        ]
+
+
+def _six(product: ir.Node) -> Sequence[ir.Value | None]:
+    """Return the inputs of a ``MatMulNBits``: what is multiplied, data, scales, zero points, groups (we have none), bias."""
+    return (*product.inputs, None, None, None)[:6]
+
+
+def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
+    """Return inputs without those at the end that are left out."""
+    while inputs[-1] is None:
+        inputs.pop()
+    return inputs
 
 
 class OwnFloatProducts:

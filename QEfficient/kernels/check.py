@@ -18,6 +18,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from QEfficient.kernels.library import DOMAIN
+from QEfficient.kernels.strips import data_in_strips, in_strips
 
 Array = npt.NDArray[Any]
 
@@ -32,7 +33,7 @@ class Blocks:
     Attributes:
         data: ``(N, blocks, block_size * bits / 8)``; at 4 bits the even column is in the low half of a byte.
         scales: ``(N, blocks)``.
-        zeros: ``(N, blocks * bits / 8 rounded up)``, or ``None``: the middle of the range.
+        zeros: ``(N, blocks)``, or ``None``: the middle of the range.
     """
 
     data: Array
@@ -47,7 +48,8 @@ class Blocks:
 
     def parts(self) -> dict[str, Array | None]:
         """Return the operator's inputs that make the weight."""
-        return {"data": self.data, "scales": self.scales, "zeros": self.zeros}
+        zeros = in_strips(self.zeros) if self.zeros is not None else None
+        return {"data": data_in_strips(self.data), "scales": in_strips(self.scales), "zeros": zeros}
 
     def sizes(self) -> dict[str, Any]:
         """Return the operator's attributes."""
@@ -62,7 +64,7 @@ class Blocks:
         return cls(
             rng.integers(0, 256, (rows, blocks, block_size * bits // 8), np.uint8),
             rng.uniform(0.5, 1.5, (rows, blocks)).astype(np.float32),
-            rng.integers(0, 256, (rows, -(-blocks * bits // 8)), np.uint8) if zeros else None,
+            rng.integers(0, 2**bits, (rows, blocks), np.uint8) if zeros else None,
             columns,
             block_size,
             bits,
@@ -73,7 +75,7 @@ class Blocks:
         data = _unpacked(self.data, self.bits).astype(np.float64)
         zeros: Array | float = 2.0 ** (self.bits - 1)
         if self.zeros is not None:
-            zeros = _unpacked(self.zeros, self.bits)[:, : data.shape[1], None].astype(np.float64)
+            zeros = self.zeros[..., None].astype(np.float64)
         return ((data - zeros) * self.scales[..., None]).reshape(len(data), -1)[:, : self.columns]
 
 
@@ -113,13 +115,12 @@ class Floats:
 def product(x: Array, weight: Blocks | Floats, bias: Array | None = None) -> Array:
     """Return ``x @ weight.T + bias``, float64.
 
-    With blocks, each row of ``x`` ``(M, K)`` is rounded to 8 bits in blocks, as the operator does: the weight's, in halves where these
-    take more than 128 bytes.
+    With blocks, each row of ``x`` ``(M, K)`` is rounded to 8 bits in the weight's blocks, as the operator does.
     """
     if isinstance(weight, Floats):
         return x.astype(np.float64) @ weight.data.astype(np.float64).T + (0 if bias is None else bias)
-    size = min(weight.block_size, 128 * 8 // weight.bits)
-    blocks = -(-weight.columns // size)
+    size = weight.block_size
+    blocks = len(weight.scales[0])
     filled = np.zeros((len(x), blocks * size), np.float32)
     filled[:, : weight.columns] = x
     parts = filled.reshape(len(x), blocks, size)
@@ -165,6 +166,19 @@ def model(
     return _model_of(graph)
 
 
+def rows(weight: Blocks) -> Any:
+    """Return a model of one ``BlockRows``: ``ids`` to ``y``."""
+    parts = {name: array for name, array in weight.parts().items() if array is not None}
+    graph = helper.make_graph(
+        [helper.make_node("BlockRows", ["ids", *parts], ["y"], domain=DOMAIN, **weight.sizes())],
+        "graph",
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, None)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in parts.items()],
+    )
+    return _model_of(graph)
+
+
 def _model_of(graph: Any) -> Any:
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
@@ -186,6 +200,19 @@ def wrong_products(library: Path) -> list[str]:
             found.append(f"{kind}: off by {off:.1e} of the largest value")
         elif not np.array_equal(got, alone):
             found.append(f"{kind}: a row depends on the rows beside it")
+    return found
+
+
+def wrong_rows(library: Path) -> list[str]:
+    """Return a line for each kind of blocks that the library takes rows out of wrongly."""
+    found = []
+    rng = np.random.default_rng(6)
+    for bits, zeros in itertools.product((4, 8), (False, True)):
+        weight = Blocks.random(rng, 37, 200, bits=bits, block_size=32, zeros=zeros)
+        ids = rng.integers(0, 37, (2, 9))
+        got = session(rows(weight), library, threads=2).run(None, {"ids": ids})[0]
+        if not np.array_equal(got, weight.dequantized().astype(np.float32)[ids]):
+            found.append(f"rows of int{bits}{' with zero points' if zeros else ''} are others")
     return found
 
 
@@ -432,7 +459,7 @@ def pieces(
 
 def wrong(library: Path) -> list[str]:
     """Return a line for each thing that the library computes wrongly."""
-    checks = (wrong_products, wrong_floats, wrong_updates, wrong_ranks, wrong_attention, wrong_gates)
+    checks = (wrong_products, wrong_rows, wrong_floats, wrong_updates, wrong_ranks, wrong_attention, wrong_gates)
     return [line for check in checks for line in check(library)]
 
 

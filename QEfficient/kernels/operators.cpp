@@ -110,6 +110,18 @@ struct Product {
   int64_t first_of(int64_t i) const { return std::min(i * task, pieces.rows); }  // column of a task; of the one behind the last: their number
 };
 
+// Reads the attributes of a weight in blocks: N, K, bits and block_size.
+OrtStatus* read(const OrtKernelInfo* info, Weight* w) {
+  int64_t bits = 0;
+  for (auto [name, out] : {std::pair{"N", &w->rows}, {"K", &w->columns}, {"block_size", &w->block}, {"bits", &bits}})
+    if (auto* error = api.attribute(info, name, out)) return error;
+  w->bits = static_cast<int>(bits);
+  if (w->rows < 1 || w->columns < 1 || (bits != 4 && bits != 8) || w->block < 32 || w->block > 256 || w->block & (w->block - 1))
+    return api.status(kInvalidArgument, "a weight in blocks: bits must be 4 or 8, block_size 32, 64, 128 or 256, N and K positive");
+  w->blocks = (w->columns + w->block - 1) / w->block;
+  return nullptr;
+}
+
 // BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits, block_size and perhaps starts:
 // weights in blocks as in products.h, adapters in float16.
 struct BlockProduct {
@@ -118,15 +130,8 @@ struct BlockProduct {
   Shares shares;
 
   OrtStatus* create(const OrtKernelInfo* info) {
-    int64_t bits = 0;
-    Weight& w = weight;
-    for (auto [name, out] : {std::pair{"N", &w.rows}, {"K", &w.columns}, {"block_size", &w.block}, {"bits", &bits}})
-      if (auto* error = api.attribute(info, name, out)) return error;
-    w.bits = static_cast<int>(bits);
-    if (w.rows < 1 || w.columns < 1 || (bits != 4 && bits != 8) || w.block < 32 || w.block > 256 || w.block & (w.block - 1))
-      return api.status(kInvalidArgument, "BlockProduct: bits must be 4 or 8, block_size 32, 64, 128 or 256, N and K positive");
-    w.blocks = (w.columns + w.block - 1) / w.block;
-    return shares.create(info, w.rows);
+    if (auto* error = read(info, &weight)) return error;
+    return shares.create(info, weight.rows);
   }
 
   OrtStatus* compute(OrtKernelContext* context) const {
@@ -142,8 +147,8 @@ struct BlockProduct {
     if (auto* error = call.open(context, in[kX], in[kA], in[kB], in[kPlaces], shares, w.columns, w.rows)) return error;
     if (call.count == 0) return nullptr;
     call.weight = &w;
-    call.divide(w.row_bytes(), 8);
-    return with_layout(w, [&](auto layout) { return call.run<decltype(layout)>(context); });
+    call.divide(w.row_bytes(), kStrip);
+    return w.bits == 4 ? call.run<Int4>(context) : call.run<Int8>(context);
   }
 
   static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
@@ -152,14 +157,14 @@ struct BlockProduct {
     const Weight* weight;
     Rows rows;
 
-    template <class Layout>
+    template <class Format>
     OrtStatus* run(const OrtKernelContext* context) {
-      rows.resize<Layout>(count, *weight);
+      rows.resize<Format>(count, *weight);
       const auto begin = [](void* data, size_t i) {  // a row to be rounded, or a job of the adapters
         auto& c = *static_cast<Call*>(data);
         const auto at = static_cast<int64_t>(i);
         if (at < c.count)
-          c.rows.template round<Layout>(c.x + at * c.weight->columns, at, c.count, *c.weight);
+          c.rows.template round<Format>(c.x + at * c.weight->columns, at, c.count, *c.weight);
         else
           c.updates.down(c.pieces, c.updates.jobs[at - c.count], c.x);
       };
@@ -176,13 +181,55 @@ struct BlockProduct {
         const int64_t first = c.first_of(i), last = c.first_of(i + 1);
         thread_local std::vector<Part<uint16_t>> parts;
         c.updates.divide(c.pieces, first, last, parts);
-        const int64_t groups = (last - first) * c.weight->row_bytes() / (128 * Layout::kTogether);
-        Asking<uint16_t> asking(parts, c.pieces.rows, groups);
-        product<Layout>(*c.weight, c.rows, c.count, first, last, c.y, asking);
+        const int64_t strip = first / kStrip, end = (last + kStrip - 1) / kStrip;
+        Asking<uint16_t> asking(parts, c.pieces.rows, (end - strip) * c.weight->blocks);
+        product<Format>(*c.weight, c.rows, c.count, strip, end, c.y, asking);
         for (const auto& part : parts) c.updates.up(c.pieces, part, c.y);
       };
       return api.parallel_for(context, part, tasks(), 0, this);
     }
+  };
+};
+
+// BlockRows(ids int64, data, scales, zeros?) -> (..., K), of the attributes K, N, bits and block_size: those rows of a weight in blocks.
+struct BlockRows {
+  enum Input { kIds, kData, kScales, kZeros, kInputs };
+  Weight weight{};
+
+  OrtStatus* create(const OrtKernelInfo* info) { return read(info, &weight); }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor in[kInputs];
+    for (size_t i = 0; i < kInputs; ++i)
+      if (auto* error = in[i].read(context, i, i == kIds)) return error;
+    Tensor& ids = in[kIds];
+    if (ids.rank == kMostDims) return api.status(kInvalidArgument, "BlockRows: ids have too many dimensions");
+    Call call{weight, ids.as<int64_t>(), nullptr, 1};
+    for (size_t i = 0; i < ids.rank; ++i) call.count *= ids.dims[i];
+    for (int64_t i = 0; i < call.count; ++i)
+      if (call.ids[i] < 0 || call.ids[i] >= weight.rows) return api.status(kInvalidArgument, "BlockRows: there is no row of an id");
+    call.weight.data = in[kData].as<uint8_t>();
+    call.weight.scales = in[kScales].as<float>();
+    call.weight.zeros = in[kZeros].as<uint8_t>();
+    ids.dims[ids.rank] = weight.columns;
+    OrtValue* out = nullptr;
+    void* rows = nullptr;
+    if (auto* error = api.output(context, 0, ids.dims, ids.rank + 1, &out)) return error;
+    if (auto* error = api.data(out, &rows)) return error;
+    call.rows = static_cast<float*>(rows);
+    const auto take = [](void* data, size_t i) {
+      const auto& c = *static_cast<const Call*>(data);
+      row_of(c.weight, c.ids[i], c.rows + i * c.weight.columns);
+    };
+    if (call.count == 0) return nullptr;
+    return api.parallel_for(context, take, call.count, 0, &call);
+  }
+
+  struct Call {
+    Weight weight;
+    const int64_t* ids;
+    float* rows;
+    int64_t count;
   };
 };
 
@@ -314,6 +361,15 @@ OrtCustomOp block_product() {
   return op;
 }
 
+OrtCustomOp block_rows() {
+  using Kernel = BlockRows;
+  OrtCustomOp op = operator_of<Kernel>();
+  op.GetName = [](const OrtCustomOp*) { return "BlockRows"; };
+  op.GetInputType = [](const OrtCustomOp*, size_t i) { return i == Kernel::kIds ? kInt64 : i == Kernel::kScales ? kFloat : kUint8; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i < Kernel::kZeros ? kRequired : kOptional; };
+  return op;
+}
+
 template <class F, ElementType kType>
 OrtCustomOp float_product() {
   using Kernel = FloatProduct<F>;
@@ -441,7 +497,7 @@ OrtCustomOp cache_attention() {
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp ops[] = {block_product(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu()};
+  static const OrtCustomOp ops[] = {block_product(), block_rows(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is

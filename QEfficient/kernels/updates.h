@@ -258,8 +258,20 @@ struct Updates {
       const int64_t first = std::max(begin, pieces.starts[s]), last = std::min(end, s + 1 < pieces.shares ? pieces.starts[s + 1] : pieces.rows);
       if (first >= last) continue;
       for (const Use& use : uses)
-        parts.push_back({use, s * depth, depth, first, last - first, pieces.b + (use.piece * pieces.ranks + s * depth) * pieces.rows + first});
+        parts.push_back({use, s * depth, used(use, s * depth, depth, pieces.ranks), first, last - first,
+                         pieces.b + (use.piece * pieces.ranks + s * depth) * pieces.rows + first});
     }
+  }
+
+  // How many of `depth` ranks the rows of a use have: those that only fill a piece give zeros.
+  int64_t used(const Use& use, int64_t rank, int64_t depth, int64_t ranks) const {
+    const auto none = [&](int64_t k) {
+      for (int64_t i = use.first; i < use.first + use.count; ++i)
+        if (products[i * ranks + rank + k] != 0) return false;
+      return true;
+    };
+    while (depth > 0 && none(depth - 1)) --depth;
+    return depth;
   }
 
   // Adds a part.
@@ -274,11 +286,7 @@ struct Updates {
       float* at[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
       accumulate<4, false>(of, part.depth, part.b, pieces.rows, part.columns, at);
     }
-    for (; i < use.first + use.count; ++i) {
-      int64_t used = part.depth;
-      while (used > 0 && from(i)[used - 1] == 0) --used;  // ranks that only fill a piece
-      accumulate_along(from(i), used, part.b, pieces.rows, part.columns, to(i));
-    }
+    for (; i < use.first + use.count; ++i) accumulate_along(from(i), part.depth, part.b, pieces.rows, part.columns, to(i));
   }
 };
 

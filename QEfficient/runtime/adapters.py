@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from QEfficient.contract import AdapterSpec, StateSpec
 from QEfficient.errors import AdapterMismatchError, ArtifactError
 from QEfficient.options import suggest
+from QEfficient.runtime import aligned
 
 Array = npt.NDArray[Any]
 
@@ -63,8 +64,9 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
             parts.setdefault(spec.joined, []).append((tensor, spec.columns))
             continue
         # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
-        copy = tensor.flags.writeable and tensor is tensors[spec.name]
-        placed[spec.name] = np.array(tensor, spec.held or spec.dtype, order="C", copy=True if copy else None, ndmin=0)
+        dtype, flags = np.dtype(spec.held or spec.dtype), tensor.flags
+        fits = flags.c_contiguous and tensor.dtype == dtype and not flags.writeable
+        placed[spec.name] = tensor if fits else aligned.copied(tensor, dtype)
     return placed | {name: _join(tensors) for name, tensors in parts.items()}
 
 
@@ -83,9 +85,11 @@ def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
     """Put parts ``(…, in, r)`` side by side, or parts ``(…, r, out)`` on a diagonal of the columns they name."""
     first, columns = parts[0]
     if not columns:
-        return np.ascontiguousarray(np.concatenate([tensor for tensor, _ in parts], axis=-1))
+        tensors = [tensor for tensor, _ in parts]
+        shape = (*first.shape[:-1], sum(tensor.shape[-1] for tensor in tensors))
+        return np.concatenate(tensors, axis=-1, out=aligned.zeros(shape, first.dtype))
     ranks = sum(tensor.shape[-2] for tensor, _ in parts)
-    whole = np.zeros((*first.shape[:-2], ranks, columns[1]), first.dtype)
+    whole = aligned.zeros((*first.shape[:-2], ranks, columns[1]), first.dtype)
     row = 0
     for tensor, (start, _) in parts:
         whole[..., row : row + tensor.shape[-2], start : start + tensor.shape[-1]] = tensor

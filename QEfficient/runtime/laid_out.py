@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from QEfficient.runtime.aligned import LINE
 from QEfficient.runtime.session import OrtSession
 from QEfficient.store import digest_file, record_file, write_file
 
 Array = npt.NDArray[Any]
 
 LAID_OUT_DIR = "laid_out"
-_ALIGN_BYTES = 64
 _TYPES = {
     "F32": np.float32,
     "F16": np.float16,
@@ -99,7 +99,7 @@ def _write(path: Path, tensors: Mapping[str, Array], source: Mapping[str, Any]) 
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [end, end + t.nbytes]}
         end += t.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGN_BYTES)
+    text += b" " * (-(len(text) + 8) % LINE)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:

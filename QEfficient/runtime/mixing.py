@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from QEfficient.contract import ADAPTER_MASK, BASE, AdapterSpec
+from QEfficient.runtime import aligned
 
 Array = npt.NDArray[Any]
 Placed = Mapping[str, Array]
@@ -130,14 +131,14 @@ class _Pieces:
         for key, axis in self._axes.items() if not self._room else ():
             shape = list(placed[key].shape)
             shape[axis] = shape[axis] // rank * PIECE
-            self._room[key] = np.zeros((0, 1, *shape), placed[key].dtype)
+            self._room[key] = aligned.zeros((0, 1, *shape), placed[key].dtype)
         if len(self.owners) > self._size:
             self._resize()
 
     def _resize(self) -> None:
         """Make room for twice as many pieces: the system provides memory when it is first written."""
         for key, room in self._room.items():
-            self._room[key] = np.zeros((2 * len(self.owners), *room.shape[1:]), room.dtype)
+            self._room[key] = aligned.zeros((2 * len(self.owners), *room.shape[1:]), room.dtype)
             kept = min(len(room), len(self.owners))
             self._room[key][:kept] = room[:kept]
 

@@ -44,6 +44,7 @@ from QEfficient.errors import (
 )
 from QEfficient.kernels.library import library, sources
 from QEfficient.options import suggest
+from QEfficient.runtime import aligned
 from QEfficient.runtime.adapters import neutral_tensors, place, rank_of, split_entries, validate
 from QEfficient.runtime.cores import usable_cores
 from QEfficient.runtime.pages import on_large_pages
@@ -51,7 +52,6 @@ from QEfficient.store import verify_files
 
 Array = npt.NDArray[Any]
 
-_ALIGN_BYTES = 64
 _DISABLE_FLASH = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 """ONNX Runtime's tiled attention takes a token at 4096 positions 1.1 times as long as its plain one (docs/performance.md); it
 is chosen by this variable of the environment only, read when a session is made. A caller's own setting stays."""
@@ -241,7 +241,7 @@ class OrtSession:
                 )
             self._bindings = {}
             self._states = {}
-            self._states = {s.name: _aligned_zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
+            self._states = {s.name: aligned.zeros(shapes[s.name], s.dtype) for s in self.manifest.states}
             self._batch_size, self._ctx_len, self._filled = batch_size, ctx_len, 0
             self._room = min(room, longest)
             self._shift = np.zeros(batch_size, np.int64)
@@ -554,11 +554,3 @@ def _bind_output(binding: Any, name: str, array: Array) -> None:
 def _fill_in(spec: StateSpec, batch_size: int, ctx_len: int) -> tuple[int, ...]:
     sizes = {"batch_size": batch_size, "ctx_len": ctx_len}
     return tuple(sizes[d] if isinstance(d, str) else d for d in spec.shape)
-
-
-def _aligned_zeros(shape: tuple[int, ...], dtype: str) -> Array:
-    """Return zeros that start at a cache line; the system provides the memory when it is first written."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(count + _ALIGN_BYTES, np.uint8)
-    offset = -raw.ctypes.data % _ALIGN_BYTES
-    return raw[offset : offset + count].view(dtype).reshape(shape)

@@ -75,6 +75,18 @@ def test_every_product_and_every_adapter(exported):
     assert plain["BlockProduct"] == 0
 
 
+def test_a_tied_embedding_is_stored_once(exported):
+    """The rows that tokens take come out of the weight that logits are multiplied by; an embedding of its own stays as it is."""
+    tied = ir.load(compile_graph(exported("qwen2").graph, precision="int4") / MODEL_FILE)
+    assert [name for name in tied.graph.initializers if "embed_tokens" in name and "int4" in name] == [
+        "model.embed_tokens.weight_int4_in_strips"
+    ]
+    operators = Counter(node.op_type for node in tied.graph)
+    assert (operators["BlockRows"], operators["GatherBlockQuantized"]) == (1, 0)
+    own = _operators(compile_graph(exported("llama").graph, precision="int4"))
+    assert (own["BlockRows"], own["GatherBlockQuantized"]) == (0, 1)
+
+
 def test_zeros_beside_joined_adapters_are_not_read(exported):
     """Queries, keys and values are one product, and the ranks of each add to its own columns alone."""
     model = ir.load(compile_graph(exported("qwen2").graph, precision="int4") / MODEL_FILE)
