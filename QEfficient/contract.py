@@ -90,7 +90,8 @@ class AdapterSpec:
         joined: Name of the program's input that this tensor is a part of, parts following one another along the rank; empty: it
             is an input itself.
         columns: For a part of a joined input with its ranks on a diagonal: its first column and the columns of the whole.
-        held: NumPy name of the element type of the program's input, where it is another than the file's; empty: ``dtype``.
+        held: NumPy name of the element type of the program's input, where it is another than the file's; empty: ``dtype``. ``"int8"`` has a
+            scale for each rank, in a tail of the other axis (:mod:`QEfficient.kernels.ranks`).
 
     Name and shape always are those of the adapter's own file, so that one adapter fits a graph and its programs alike.
     """

@@ -151,7 +151,7 @@ def lowered_specs(model: ir.Model, specs: Sequence[AdapterSpec]) -> tuple[Adapte
     """Return ``specs`` with what the passes noted at the inputs of ``model``."""
     notes: dict[str, dict[str, Any]] = {}
     for value in model.graph.inputs:
-        props, held = value.metadata_props, "float16" if value.dtype == ir.DataType.FLOAT16 else ""
+        props, held = value.metadata_props, "int8" if value.dtype == ir.DataType.INT8 else ""
         notes[str(value.name)] = _note(props.get(_PERM, ""), props.get(_SCALED_BY, ""), held)
         for name, perm, scaled_by, columns in json.loads(props.get(_PARTS, "[]")):
             notes[name] = {**_note(perm, scaled_by, held), "joined": str(value.name), "columns": tuple(columns)}

@@ -18,6 +18,7 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from QEfficient.kernels.library import DOMAIN
+from QEfficient.kernels.ranks import from_bytes, in_bytes
 from QEfficient.kernels.strips import data_in_strips, in_strips
 
 Array = npt.NDArray[Any]
@@ -44,7 +45,16 @@ class Blocks:
     bits: int
 
     operator = "BlockProduct"
-    adapters = np.float16
+    adapters = np.int8
+
+    def adapter(self, rng: np.random.Generator, rank: int) -> tuple[Array, ...]:
+        """Draw ``A`` ``(K, r)`` and ``B`` ``(r, N)`` that 8 bits can hold."""
+        matrices = (rng.standard_normal(shape) for shape in ((self.columns, rank), (rank, len(self.data))))
+        return tuple(from_bytes(in_bytes(m, axis), axis) for m, axis in zip(matrices, (1, 0), strict=True))
+
+    def held(self, a: Array, b: Array) -> tuple[Array, ...]:
+        """Return ``A`` and ``B`` as the operator takes them."""
+        return in_bytes(a, 1), in_bytes(b, 0)
 
     def parts(self) -> dict[str, Array | None]:
         """Return the operator's inputs that make the weight."""
@@ -92,6 +102,16 @@ class Floats:
     data: Array
 
     adapters = np.float32
+
+    def adapter(self, rng: np.random.Generator, rank: int) -> tuple[Array, ...]:
+        """Draw ``A`` ``(K, r)`` and ``B`` ``(r, N)``."""
+        return tuple(
+            rng.standard_normal(shape).astype(np.float32) for shape in ((self.columns, rank), (rank, len(self.data)))
+        )
+
+    def held(self, a: Array, b: Array) -> tuple[Array, ...]:
+        """Return ``A`` and ``B`` as the operator takes them."""
+        return a.astype(np.float32), b.astype(np.float32)
 
     @property
     def operator(self) -> str:
@@ -242,16 +262,14 @@ def wrong_updates(library: Path) -> list[str]:
     cases = (((5, 0, 37), ()), ((16, 16, 16), ()), ((64, 3, 0), ()), ((20, 32, 4), (0, 19)), ((48, 0, 60), (7, 9, 30)))
     for weight, (ranks, starts) in itertools.product(weights, cases):
         run = session(model(weight, adapters=True, starts=starts), library, threads=2)
-        adapters = [
-            tuple(rng.standard_normal(shape).astype(weight.adapters) for shape in ((1243, r), (r, 37))) for r in ranks
-        ]
+        adapters = [weight.adapter(rng, r) for r in ranks]
         chosen = rng.integers(0, len(ranks), 11)
         x = rng.standard_normal((11, 1243)).astype(np.float32)
         wanted = product(x, weight)
         for row, of in enumerate(chosen):
             a, b = (t.astype(np.float64) for t in adapters[of])
             wanted[row] += x[row] @ a @ (b * counted(len(b), 37, starts))
-        got = run.run(None, {"x": x, **pieces(adapters, chosen, starts=starts)})[0]
+        got = run.run(None, {"x": x, **pieces(weight, adapters, chosen, starts=starts)})[0]
         off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
         if not off < TOLERANCE:
             kind = f"{weight.operator}, adapters of ranks {ranks} in one call{f', from {starts} on' if starts else ''}"
@@ -262,8 +280,9 @@ def wrong_updates(library: Path) -> list[str]:
         ):  # products of floats depend on how many rows there are
             if not a.shape[1]:
                 continue
+            held = weight.held(a, b)
             for at in np.flatnonzero(chosen == of):
-                alone = run.run(None, {"x": x[at : at + 1], "a": a, "b": b, "places": ones})[0]
+                alone = run.run(None, {"x": x[at : at + 1], "a": held[0], "b": held[1], "places": ones})[0]
                 if not np.array_equal(alone[0], got[at]):
                     found.append(f"an adapter of rank {a.shape[1]}: a row depends on the rows and adapters beside it")
     return found
@@ -279,9 +298,11 @@ def wrong_ranks(library: Path) -> list[str]:
     weights: tuple[Blocks | Floats, ...] = (blocks, floats)
     for weight, starts in itertools.product(weights, ((), (0, 19))):
         run, rank = session(model(weight, adapters=True, starts=starts), library), max(1, len(starts))
-        for adapter in (rng.standard_normal((200, 4 * rank)), rng.standard_normal((200, rank)), np.zeros((200, rank))):
-            a, b = adapter.astype(weight.adapters), rng.standard_normal((adapter.shape[1], 37)).astype(weight.adapters)
-            got = run.run(None, {"x": x, "a": a, "b": b, "places": np.ones((1, 1, 1), np.float32)})[0]
+        few, one = weight.adapter(rng, 4 * rank), weight.adapter(rng, rank)
+        for a, b in (few, one, (np.zeros_like(one[0]), one[1])):
+            tensors = weight.held(a, b)
+            places = np.ones((1, 1, 1), np.float32)
+            got = run.run(None, {"x": x, "a": tensors[0], "b": tensors[1], "places": places})[0]
             added = x.astype(np.float64) @ a.astype(np.float64) @ (b * counted(len(b), 37, starts)).astype(np.float64)
             wanted = product(x, weight) + added
             off = float(np.abs(got - wanted).max() / np.abs(wanted).max())
@@ -441,20 +462,28 @@ def counted(rank: int, columns: int, starts: Sequence[int]) -> Array:
 
 
 def pieces(
-    adapters: Sequence[tuple[Array, ...]], chosen: Array, ranks: int = 16, starts: Sequence[int] = ()
+    weight: Blocks | Floats,
+    adapters: Sequence[tuple[Array, ...]],
+    chosen: Array,
+    ranks: int = 16,
+    starts: Sequence[int] = (),
 ) -> dict[str, Array]:
     """Return the inputs for rows with these adapters ``(A, B)``: cut into pieces, the last of each filled up with zeros."""
-    cut_a, cut_b, columns = [], [], []
+    cut, columns = [], []
     parts = max(1, len(starts))
     for of, (a, b) in enumerate(adapters):
         rank = a.shape[1] // parts
         for first in range(0, rank, ranks):
             fill = (0, max(0, first + ranks - rank))
             some = slice(first, first + ranks)
-            cut_a.append([np.hstack([np.pad(part[:, some], ((0, 0), fill)) for part in np.split(a, parts, 1)])])
-            cut_b.append([np.vstack([np.pad(part[some], (fill, (0, 0))) for part in np.split(b, parts)])])
+            a_piece = np.hstack([np.pad(part[:, some], ((0, 0), fill)) for part in np.split(a, parts, 1)])
+            b_piece = np.vstack([np.pad(part[some], (fill, (0, 0))) for part in np.split(b, parts)])
+            cut.append(weight.held(a_piece, b_piece))
             columns.append(chosen == of)
-    return {"a": np.array(cut_a), "b": np.array(cut_b), "places": np.stack(columns, -1)[:, None].astype(np.float32)}
+    places = np.stack(columns, -1)[:, None].astype(np.float32)
+    return {name: np.stack(of)[:, None] for name, of in zip("ab", zip(*cut, strict=True), strict=True)} | {
+        "places": places
+    }
 
 
 def wrong(library: Path) -> list[str]:

@@ -58,7 +58,8 @@ struct Shares {
   }
 };
 
-// A product with what adapters add: x (..., K) becomes y (..., N), a (K, r) or (C, 1, K, p) and b (r, N) or (C, 1, p, N) are added as updates.h has it.
+// A product with what adapters add: x (..., K) becomes y (..., N), a (K, r) or (C, 1, K, p) and b (r, N) or (C, 1, p, N) are added as updates.h has it; in
+// 8 bits K and N have a tail.
 template <class T>
 struct Product {
   const float* x = nullptr;
@@ -81,8 +82,8 @@ struct Product {
         return (t.rank == 2 || (t.rank == 4 && t.dims[0] == pieces.count && t.dims[1] == 1)) && t.dims[t.rank - 2] == high &&
                t.dims[t.rank - 1] == wide;
       };
-      if (!fits(a, columns, pieces.ranks) || !fits(b, pieces.ranks, rows))
-        return api.status(kInvalidArgument, "a product: a and b are not (K, r) and (r, N), nor pieces of such");
+      if (!fits(a, pieces.depth(), pieces.ranks) || !fits(b, pieces.ranks, pieces.stride()))
+        return api.status(kInvalidArgument, "a product: a and b are not (K, r) and (r, N), nor pieces of such, with the tails of 8 bits");
       if (pieces.ranks % pieces.shares) return api.status(kInvalidArgument, "a product: the ranks are not as many for each of the starts");
       const bool one = !places.data || (pieces.count == 1 && places.rank == 3 && places.dims[0] == 1);
       if (!one && (places.rank != 3 || places.dims[2] != pieces.count || places.dims[0] < 1 || count % places.dims[0]))
@@ -123,7 +124,7 @@ OrtStatus* read(const OrtKernelInfo* info, Weight* w) {
 }
 
 // BlockProduct(x float (..., K), data, scales, zeros?, bias?, a?, b?, places?) -> (..., N), of the attributes K, N, bits, block_size and perhaps starts:
-// weights in blocks as in products.h, adapters in float16.
+// weights in blocks as in products.h, adapters in 8 bits as in updates.h.
 struct BlockProduct {
   enum Input { kX, kData, kScales, kZeros, kBias, kA, kB, kPlaces, kInputs };
   Weight weight{};
@@ -153,7 +154,7 @@ struct BlockProduct {
 
   static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
 
-  struct Call : Product<uint16_t> {
+  struct Call : Product<int8_t> {
     const Weight* weight;
     Rows rows;
 
@@ -175,14 +176,14 @@ struct BlockProduct {
       } else if (auto* error = api.parallel_for(context, begin, total, 0, this)) {
         return error;
       }
-      updates.gather();
+      updates.gather(pieces);
       const auto part = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
         const int64_t first = c.first_of(i), last = c.first_of(i + 1);
-        thread_local std::vector<Part<uint16_t>> parts;
+        thread_local std::vector<Part<int8_t>> parts;
         c.updates.divide(c.pieces, first, last, parts);
         const int64_t strip = first / kStrip, end = (last + kStrip - 1) / kStrip;
-        Asking<uint16_t> asking(parts, c.pieces.rows, (end - strip) * c.weight->blocks);
+        Asking<int8_t> asking(parts, c.pieces.stride(), (end - strip) * c.weight->blocks);
         product<Format>(*c.weight, c.rows, c.count, strip, end, c.y, asking);
         for (const auto& part : parts) c.updates.up(c.pieces, part, c.y);
       };
@@ -278,7 +279,7 @@ struct FloatProduct {
       };
       if (auto* error = api.parallel_for(context, begin, this->updates.jobs.size() + this->tasks(), 0, this)) return error;
       if (this->updates.jobs.empty()) return nullptr;
-      this->updates.gather();
+      this->updates.gather(this->pieces);
       const auto add = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
         thread_local std::vector<Part<float>> parts;
@@ -355,7 +356,7 @@ OrtCustomOp block_product() {
   OrtCustomOp op = operator_of<Kernel>();
   op.GetName = [](const OrtCustomOp*) { return "BlockProduct"; };
   op.GetInputType = [](const OrtCustomOp*, size_t i) {
-    return i == Kernel::kData || i == Kernel::kZeros ? kUint8 : i == Kernel::kA || i == Kernel::kB ? kFloat16 : kFloat;
+    return i == Kernel::kData || i == Kernel::kZeros ? kUint8 : i == Kernel::kA || i == Kernel::kB ? kInt8 : kFloat;
   };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t i) { return i <= Kernel::kScales ? kRequired : kOptional; };
   return op;

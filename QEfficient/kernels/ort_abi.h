@@ -21,7 +21,7 @@ struct OrtApi;
 struct OrtOp;
 struct OrtOpAttr;
 
-enum ElementType { kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
+enum ElementType { kFloat = 1, kUint8 = 2, kInt8 = 3, kInt32 = 6, kInt64 = 7, kFloat16 = 10, kBfloat16 = 16 };
 enum AttributeType { kInt = 1, kReal = 3 };
 enum Presence { kRequired = 0, kOptional = 1 };
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };

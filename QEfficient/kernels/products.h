@@ -53,7 +53,7 @@ struct Int8 {
   INLINE static void unit(const int8_t* numbers, uint8_t* out) { Sum::unit(numbers, out); }
 };
 
-// Rows of x, (M, K), as 8-bit numbers, in panels of 8, 4 or 1 rows. A panel is read from its beginning to its end: block after block, and in a block unit
+// Rows of x, (M, K), as 8-bit numbers, in panels of 8, 4, 2 or 1 rows. A panel is read from its beginning to its end: block after block, and in a block unit
 // after unit, each of all rows; then what the rows' sums begin with, and their scales.
 struct Rows {
   std::vector<uint8_t> held;
@@ -74,14 +74,14 @@ struct Rows {
   }
 
   // How many rows the panel has that begins at row `m`.
-  static int64_t height(int64_t m, int64_t rows) { return rows - m >= 8 ? 8 : rows - m >= 4 ? 4 : 1; }
+  static int64_t height(int64_t m, int64_t rows) { return rows - m >= 8 ? 8 : rows - m >= 4 ? 4 : rows - m >= 2 ? 2 : 1; }
 
   const uint8_t* panel(int64_t m) const { return panels + m * row_bytes; }
 
   template <class Format>
   void round(const float* x, int64_t row, int64_t rows, const Weight& w) {
-    const int64_t of_eight = rows / 8 * 8;
-    const int64_t first = row < of_eight ? row / 8 * 8 : row < of_eight + (rows - of_eight) / 4 * 4 ? of_eight : row;
+    int64_t first = 0;  // of its panel
+    while (first + height(first, rows) <= row) first += height(first, rows);
     const int64_t high = height(first, rows), units = w.quads();
     uint8_t* out = panels + first * row_bytes;
     for (int64_t begin = 0; begin < w.blocks * w.block; begin += w.block, out += high * block_bytes<Format>(w)) {
@@ -132,7 +132,7 @@ INLINE T read(const uint8_t* p) {
 template <class Format, int M, bool kZeros, class Meanwhile>
 void tile(const Weight& w, const uint8_t* x, int64_t strip, float* y, Meanwhile& meanwhile) {
   using Sum = typename Format::Sum;
-  constexpr int kChains = M == 1 ? 2 : 1;  // sums of a row, so that one addition does not wait for the other
+  constexpr int kChains = M <= 2 ? 2 : 1;  // sums of a row, so that one addition does not wait for the other
   constexpr int64_t kAtOnce = 4;           // quads: of every block, a multiple
   const int64_t quads = w.quads();
   const uint8_t* data = w.data + strip * kStrip * w.row_bytes();
@@ -170,7 +170,7 @@ void tile(const Weight& w, const uint8_t* x, int64_t strip, float* y, Meanwhile&
               for (int m = 0; m < M; ++m) {
                 Sum& sum = some[m * kChains + (i * Format::kParts + p) % kChains];
                 sum.add(parts[p], every32(read<int32_t>(of + m * Format::kUnit + p * sizeof(int32_t))));
-                if (M > 1) asm("" : IN_REGISTER(sum.lanes));  // in this order: the weights stay in registers
+                if (M > 2) asm("" : IN_REGISTER(sum.lanes));  // in this order: the weights stay in registers
               }
             }
             of += M * Format::kUnit;
@@ -212,6 +212,7 @@ void product(const Weight& w, const Rows& x, int64_t count, int64_t begin, int64
     switch (Rows::height(m, count)) {
       case 8: all(m, std::integral_constant<int, 8>()); break;
       case 4: all(m, std::integral_constant<int, 4>()); break;
+      case 2: all(m, std::integral_constant<int, 2>()); break;
       default: all(m, std::integral_constant<int, 1>());
     }
   }

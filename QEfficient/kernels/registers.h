@@ -40,8 +40,7 @@ INLINE void ask(const uint8_t* p) {
 
 INLINE Integers loaded(const uint8_t* p) { return _mm512_loadu_si512(p); }
 INLINE Floats loaded(const float* p) { return _mm512_loadu_ps(p); }
-INLINE Floats loaded(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }  // floats of 16 bits
-INLINE void put(uint8_t* p, Integers value) { _mm512_storeu_si512(p, value); }
+INLINE Floats loaded(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))); }
 INLINE void put(float* p, Floats value) { _mm512_storeu_ps(p, value); }
 INLINE Integers every8(int value) { return _mm512_set1_epi8(static_cast<char>(value)); }
 INLINE Integers every32(int32_t value) { return _mm512_set1_epi32(value); }
@@ -74,8 +73,7 @@ INLINE void ask(const uint8_t* p) {
 
 INLINE Integers loaded(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Integers*>(p)); }
 INLINE Floats loaded(const float* p) { return _mm256_loadu_ps(p); }
-INLINE Floats loaded(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-INLINE void put(uint8_t* p, Integers value) { _mm256_storeu_si256(reinterpret_cast<Integers*>(p), value); }
+INLINE Floats loaded(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))); }
 INLINE void put(float* p, Floats value) { _mm256_storeu_ps(p, value); }
 INLINE Integers every8(int value) { return _mm256_set1_epi8(static_cast<char>(value)); }
 INLINE Integers every32(int32_t value) { return _mm256_set1_epi32(value); }

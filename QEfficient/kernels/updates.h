@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// What adapters add to a product: y += (x A) B, with A and B in floats of 16 or 32 bits, each row with the adapters that it uses.
+// What adapters add to a product: y += (x A) B, with A and B in floats, or in numbers of 8 bits, each row with the adapters that it uses.
 //
 // An adapter is a piece, or several of some ranks each. A row's sums are added in the order of the columns of x, then in that of the ranks, so they
 // are the same however an adapter is cut, and whichever rows are computed together.
@@ -14,13 +14,31 @@
 #include "lanes.h"
 #include "registers.h"
 
+// Numbers of 8 bits have a scale for each rank, in the bytes behind them (kernels/ranks.py): what a row has with a rank is multiplied by both of them.
+template <class T>
+constexpr int64_t kTail = sizeof(T) == 1 ? 64 : 0;
+
 template <class T>
 struct Pieces {
   int64_t count, columns, ranks, rows;  // C, K, p, N
-  const T* a;                           // (C, K, p)
-  const T* b;                           // (C, p, N)
+  const T* a;                           // (C, K + tail, p)
+  const T* b;                           // (C, p, N + tail)
   const int64_t* starts;                // each of `shares` equal parts of the ranks adds to the columns from its start to the next one's alone
   int64_t shares;
+
+  int64_t depth() const { return columns + kTail<T>; }
+  int64_t stride() const { return rows + kTail<T>; }
+
+  // What is to be multiplied with a rank of a piece.
+  float scale(int64_t piece, int64_t rank) const {
+    if constexpr (kTail<T> == 0) return 1.f;
+    char bytes[sizeof(float)];
+    for (size_t i = 0; i < sizeof(float); ++i) bytes[i] = a[(piece * depth() + columns + i) * ranks + rank];
+    float of_a, of_b;
+    std::memcpy(&of_a, bytes, sizeof(float));
+    std::memcpy(&of_b, b + (piece * ranks + rank) * stride() + rows, sizeof(float));
+    return of_a * of_b;
+  }
 };
 
 // Rows of x that use a piece: some of `Updates::rows`, from `first` on.
@@ -177,7 +195,7 @@ template <class T>
 struct Part {
   Use use;
   int64_t rank, depth, column, columns;
-  const T* b;  // (depth, columns), the stride is Pieces::rows
+  const T* b;  // (depth, columns), of Pieces::stride
 };
 
 // Rows of one call and the pieces that they use.
@@ -202,7 +220,7 @@ struct Updates {
     products.clear();
     const bool all = !places || (batch == 1 && pieces.count == 1);
     const int64_t of_each = batch > 1 ? count / batch : count, parts = (pieces.columns + kDepth - 1) / kDepth;
-    if (pieces.count == 1 && pieces.ranks == pieces.shares && zeros(pieces.a, pieces.columns * pieces.ranks)) return;  // the bare base
+    if (pieces.count == 1 && pieces.ranks == pieces.shares && zeros(pieces.a, pieces.depth() * pieces.ranks)) return;  // the bare base
     for (int64_t c = 0; c < pieces.count; ++c) {
       Use use{c, static_cast<int64_t>(rows.size()), 0};
       for (int64_t row = 0; row < count; ++row) {
@@ -227,7 +245,7 @@ struct Updates {
   template <class T>
   void down(const Pieces<T>& pieces, const Job& job, const float* x) {
     const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin), ranks = pieces.ranks;
-    const T* a = pieces.a + (job.piece * pieces.columns + begin) * ranks;
+    const T* a = pieces.a + (job.piece * pieces.depth() + begin) * ranks;
     float* made = products.data() + job.part * rows.size() * ranks;
     const auto from = [&](int64_t i) { return x + rows[i] * pieces.columns + begin; };
     const auto to = [&](int64_t i) { return made + i * ranks; };
@@ -244,9 +262,17 @@ struct Updates {
   }
 
   // Adds up the parts, in their order.
-  void gather() {
+  template <class T>
+  void gather(const Pieces<T>& pieces) {
     const size_t size = jobs.empty() ? 0 : products.size() / (jobs.back().part + 1);
     for (size_t i = size; i < products.size(); ++i) products[i % size] += products[i];
+    if constexpr (kTail<T> == 0) return;
+    for (const Use& use : uses) {
+      for (int64_t k = 0; k < pieces.ranks; ++k) {
+        const float scale = pieces.scale(use.piece, k);
+        for (int64_t i = use.first; i < use.first + use.count; ++i) products[i * pieces.ranks + k] *= scale;
+      }
+    }
   }
 
   // What the columns from `begin` to `end` of y get, in parts.
@@ -259,7 +285,7 @@ struct Updates {
       if (first >= last) continue;
       for (const Use& use : uses)
         parts.push_back({use, s * depth, used(use, s * depth, depth, pieces.ranks), first, last - first,
-                         pieces.b + (use.piece * pieces.ranks + s * depth) * pieces.rows + first});
+                         pieces.b + (use.piece * pieces.ranks + s * depth) * pieces.stride() + first});
     }
   }
 
@@ -284,9 +310,9 @@ struct Updates {
     for (; i + 4 <= use.first + use.count; i += 4) {
       const float* of[] = {from(i), from(i + 1), from(i + 2), from(i + 3)};
       float* at[] = {to(i), to(i + 1), to(i + 2), to(i + 3)};
-      accumulate<4, false>(of, part.depth, part.b, pieces.rows, part.columns, at);
+      accumulate<4, false>(of, part.depth, part.b, pieces.stride(), part.columns, at);
     }
-    for (; i < use.first + use.count; ++i) accumulate_along(from(i), part.depth, part.b, pieces.rows, part.columns, to(i));
+    for (; i < use.first + use.count; ++i) accumulate_along(from(i), part.depth, part.b, pieces.stride(), part.columns, to(i));
   }
 };
 
@@ -298,7 +324,7 @@ struct Asking {
   int64_t rank = 0, column = 0;
   static constexpr int64_t kOfLine = kLine / sizeof(T);
 
-  Asking(const std::vector<Part<T>>& parts, int64_t rows, int64_t times) : part(parts.data()), end(part + parts.size()), stride(rows) {
+  Asking(const std::vector<Part<T>>& parts, int64_t apart, int64_t times) : part(parts.data()), end(part + parts.size()), stride(apart) {
     int64_t lines = 0;
     for (const Part<T>& p : parts) lines += p.depth * ((p.columns + kOfLine - 1) / kOfLine);
     each = times ? (lines + times - 1) / times : 0;

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from QEfficient.contract import AdapterSpec, StateSpec
 from QEfficient.errors import AdapterMismatchError, ArtifactError
+from QEfficient.kernels.ranks import TAIL, in_bytes
 from QEfficient.options import suggest
 from QEfficient.runtime import aligned
 
@@ -57,7 +58,7 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
         if spec.scaled_by:
             tensor = tensor * tensors[spec.scaled_by]
         if spec.held:
-            tensor = _held(spec, tensor)
+            tensor = in_bytes(tensor, spec.shape.index("rank"))
         if spec.perm:
             tensor = tensor.transpose(spec.perm)
         if spec.joined:
@@ -70,30 +71,21 @@ def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[st
     return placed | {name: _join(tensors) for name, tensors in parts.items()}
 
 
-def _held(spec: AdapterSpec, tensor: Array) -> Array:
-    """Return a tensor in the type that the program holds it in."""
-    largest, most = max(tensor.max(), -tensor.min()), float(np.finfo(spec.held).max)
-    if most < largest < np.inf:
-        raise AdapterMismatchError(
-            f"{spec.name!r} has values of up to {largest:.3g} when it is scaled, and programs hold adapters in {spec.held}, up to {most:.3g}; "
-            "compile with precision fp32, or for the target onnxruntime-plain"
-        )
-    return tensor.astype(spec.held)
-
-
 def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
     """Put parts ``(…, in, r)`` side by side, or parts ``(…, r, out)`` on a diagonal of the columns they name."""
     first, columns = parts[0]
+    tensors = [tensor for tensor, _ in parts]
     if not columns:
-        tensors = [tensor for tensor, _ in parts]
         shape = (*first.shape[:-1], sum(tensor.shape[-1] for tensor in tensors))
         return np.concatenate(tensors, axis=-1, out=aligned.zeros(shape, first.dtype))
-    ranks = sum(tensor.shape[-2] for tensor, _ in parts)
-    whole = aligned.zeros((*first.shape[:-2], ranks, columns[1]), first.dtype)
+    ranks, tail = sum(tensor.shape[-2] for tensor in tensors), TAIL if first.dtype == np.int8 else 0
+    whole = aligned.zeros((*first.shape[:-2], ranks, columns[1] + tail), first.dtype)
     row = 0
     for tensor, (start, _) in parts:
-        whole[..., row : row + tensor.shape[-2], start : start + tensor.shape[-1]] = tensor
-        row += tensor.shape[-2]
+        rows, width = tensor.shape[-2], tensor.shape[-1] - tail
+        whole[..., row : row + rows, start : start + width] = tensor[..., :width]
+        whole[..., row : row + rows, columns[1] :] = tensor[..., width:]
+        row += rows
     return whole
 
 

@@ -14,7 +14,7 @@ SPECS = (
     AdapterSpec("v.A", ("rank", 5), perm=(1, 0), joined="qv.A"),
     AdapterSpec("q.B", (5, "rank"), perm=(1, 0), joined="qv.B", columns=(0, 8)),
     AdapterSpec("v.B", (3, "rank"), perm=(1, 0), joined="qv.B", columns=(5, 8)),
-    AdapterSpec("o.A", (4, "rank"), held="float16"),
+    AdapterSpec("o.A", (4, "rank"), held="int8"),
     AdapterSpec("o.B", ("rank", 7)),
 )
 
@@ -35,7 +35,7 @@ def test_zeros_and_copies(shape):
 
 
 def test_adapters_and_their_pieces():
-    """Tensors of an adapter, joined, transposed, in 16 bits or as they are, and the pieces of several."""
+    """Tensors of an adapter, joined, transposed, in 8 bits or as they are, and the pieces of several."""
     sizes = {"rank": 3}
     tensors = {s.name: np.ones([sizes.get(d, d) for d in s.shape], np.float32) for s in SPECS}
     placed = {**place(tensors, SPECS), ADAPTER_MASK: np.ones((1, 1, 3), np.float32)}

@@ -45,7 +45,12 @@ def stored(pattern: str, change: Callable[[Array], Array]) -> Callable[[Path], N
 
 
 def _block(numbers: Array) -> Array:
-    numbers[3, 0] = 255 - numbers[3, 0]
+    numbers[0, :4, 3] = 255 - numbers[0, :4, 3]
+    return numbers
+
+
+def _row_of_strip(numbers: Array) -> Array:
+    numbers[0, :, 5] = numbers[0, :, 6]
     return numbers
 
 
@@ -54,17 +59,18 @@ def _row(numbers: Array) -> Array:
     return numbers
 
 
-_CODES, _SCALES = r"down_proj.*_int[48]$", r"down_proj.*_scales$"
+# Numbers are (strips, bytes of a row / 4, rows of a strip, 4), scales (strips, blocks, rows of a strip): kernels/strips.py.
+_CODES, _SCALES = r"down_proj.*_int[48]_in_strips$", r"down_proj.*_scales_in_strips$"
 _NAMED = ("quality.precision",)
 ROUNDED_FAULTS = (
-    GraphFault("scales shifted by a row", _NAMED, stored(_SCALES, lambda t: np.roll(t, 1, axis=0))),
+    GraphFault("scales shifted by a row", _NAMED, stored(_SCALES, lambda t: np.roll(t, 1, axis=2))),
     GraphFault("scales of one weight 10 % larger", _NAMED, stored(_SCALES, lambda t: t * np.float32(1.1))),
     GraphFault("one scale a hundredfold", _NAMED, stored(_SCALES, lambda t: np.where(np.arange(t.size).reshape(t.shape) == 7, 100 * t, t))),
-    GraphFault("numbers shifted by a row", _NAMED, stored(_CODES, lambda t: np.roll(t, 1, axis=0))),
+    GraphFault("numbers shifted by a row", _NAMED, stored(_CODES, lambda t: np.roll(t, 1, axis=2))),
     GraphFault("one block of numbers turned", ("program.integrity", *_NAMED), stored(_CODES, _block)),
-    GraphFault("one row a copy of another", ("program.integrity", *_NAMED), stored(_CODES, _row)),
+    GraphFault("one row a copy of another", ("program.integrity", *_NAMED), stored(_CODES, _row_of_strip)),
     GraphFault("halves of every byte exchanged", _NAMED, stored(_CODES, lambda t: (t << 4) | (t >> 4))),
-    GraphFault("scales of the embedding lost", _NAMED, stored(r"embed_tokens.*_scales$", np.ones_like)),
+    GraphFault("scales of the embedding lost", _NAMED, stored(r"embed_tokens.*_scales(_in_strips)?$", np.ones_like)),
 )  # fmt: skip
 """Faults of a program in int8 or int4."""
 

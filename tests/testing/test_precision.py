@@ -48,6 +48,7 @@ def test_rounding_is_all_that_differs(graph: Graph, reference: Reference, precis
     assert {n: p.data_ptr() for n, p in reference.model.named_parameters()} == before
 
 
+@pytest.mark.usefixtures("library")  # the faults are planted into strips
 @pytest.mark.parametrize("fault", ROUNDED_FAULTS[:4], ids=lambda f: f.name)
 def test_damaged_numbers_are_found(graph: Graph, reference: Reference, tmp_path: Path, fault: GraphFault):
     """What is more than rounding fails, in int4 too, where rounding itself moves every token."""
