@@ -17,7 +17,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -32,7 +31,7 @@ import psutil
 
 from benchmarks.machine import machine
 from QEfficient.options import option, parse
-from tests.serve.conftest import Place, free_port, save_served
+from tests.serve.conftest import Place, Running, save_served
 
 PROMPTS = [
     f"{words} {n}"
@@ -105,7 +104,6 @@ def prepare(work: Path) -> Place:
 
 def start(place: Place, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     """Start a server that holds about half of the adapters."""
-    port = free_port()
     command = [
         sys.executable,
         "-m",
@@ -113,7 +111,7 @@ def start(place: Place, log: Path) -> tuple[subprocess.Popen[bytes], int]:
         "serve",
         str(place.base),
         "--port",
-        str(port),
+        "0",
         "--ctx-len",
         "192",
     ]
@@ -134,12 +132,11 @@ def start(place: Place, log: Path) -> tuple[subprocess.Popen[bytes], int]:
         if folder.name != "other":
             command += ["--adapter", f"{folder.name}={folder}"]
     process = subprocess.Popen(command, stderr=log.open("wb"), env={**os.environ, "OMP_NUM_THREADS": "1"})
+    server = Running(process, 0, log)
     while process.poll() is None:
-        try:
-            socket.create_connection(("127.0.0.1", port)).close()
-            return process, port
-        except OSError:
-            time.sleep(0.2)
+        if ports := [event["port"] for event in server.events() if event["event"] == "listening"]:
+            return process, int(ports[0])
+        time.sleep(0.2)
     raise SystemExit(f"the server did not start: {log.read_text()}")
 
 
