@@ -14,7 +14,16 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from QEfficient.compile.adapters import drop_unused_parts, note_parts
-from QEfficient.compile.values import CONTRIB, made_by, new_computed, operands, take_over, two_products, used_once
+from QEfficient.compile.values import (
+    CONTRIB,
+    made_by,
+    new_computed,
+    operands,
+    take_over,
+    trimmed,
+    two_products,
+    used_once,
+)
 from QEfficient.compile.weightfile import read_weight
 
 _SAME = ("K", "bits", "block_size", "accuracy_level")
@@ -105,9 +114,7 @@ def _join(graph: ir.Graph, attention: ir.Node, branches: list[_Branch]) -> None:
     first = branches[0].base
     parts = [[b.part(i) for b in branches] for i in (1, 2, 3, 5)]
     data, scales, zeros, bias = (_stacked(graph, [v for v in values if v is not None]) for values in parts)
-    inputs = [first.inputs[0], data, scales, zeros, None, bias]
-    while inputs[-1] is None:
-        inputs.pop()
+    inputs = trimmed([first.inputs[0], data, scales, zeros, None, bias])
     sizes = {name: first.attributes[name].as_int() for name in _SAME}
     total = sum(b.width for b in branches)
     made = [ir.node("MatMulNBits", inputs, {**sizes, "N": total}, domain=CONTRIB)]

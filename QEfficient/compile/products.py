@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from QEfficient.compile.adapters import part_starts
 from QEfficient.compile.blocks import count_blocks, unpack
 from QEfficient.compile.matrices import MatrixUse, matrix_uses, replace_product, with_bias
-from QEfficient.compile.values import CONTRIB, new_computed, operands, replace_node, two_products, used_once
+from QEfficient.compile.values import CONTRIB, new_computed, operands, replace_node, trimmed, two_products, used_once
 from QEfficient.compile.weightfile import read_weight
 from QEfficient.kernels.library import DOMAIN
 from QEfficient.kernels.ranks import TAIL
@@ -52,14 +52,14 @@ class OwnProducts:
             if data not in weights:
                 weights[data] = _Strips(model.graph, node)
             weight = weights[data]
-            own = ir.node(_IN_BLOCKS, _trimmed([x, *weight.inputs, bias]), weight.sizes, domain=DOMAIN)
+            own = ir.node(_IN_BLOCKS, trimmed([x, *weight.inputs, bias]), weight.sizes, domain=DOMAIN)
             replace_node(model.graph, node, own)
         for node in list(model.graph):
             rows = node.inputs[0].producer() if node.op_type == "GatherBlockQuantized" and node.inputs[0] else None
             if rows is None or rows.inputs[0] not in weights:
                 continue
             weight = weights[rows.inputs[0]]
-            own = ir.node("BlockRows", _trimmed([node.inputs[1], *weight.inputs]), weight.sizes, domain=DOMAIN)
+            own = ir.node("BlockRows", trimmed([node.inputs[1], *weight.inputs]), weight.sizes, domain=DOMAIN)
             replace_node(model.graph, node, own)
         if weights:
             model.opset_imports.setdefault(DOMAIN, 1)
@@ -98,13 +98,6 @@ class _Strips:
 def _six(product: ir.Node) -> Sequence[ir.Value | None]:
     """Return the inputs of a ``MatMulNBits``: what is multiplied, data, scales, zero points, groups (we have none), bias."""
     return (*product.inputs, None, None, None)[:6]
-
-
-def _trimmed(inputs: list[ir.Value | None]) -> list[ir.Value | None]:
-    """Return inputs without those at the end that are left out."""
-    while inputs[-1] is None:
-        inputs.pop()
-    return inputs
 
 
 class OwnFloatProducts:

@@ -17,7 +17,7 @@ from onnx_ir.passes import common
 
 from QEfficient.compile.blocks import BITS, Blocks, count_blocks, dequantize, quantize
 from QEfficient.compile.matrices import MatrixUse, matrix_uses, replace_product, with_bias
-from QEfficient.compile.values import CONTRIB, new_computed, new_constant, replace_node
+from QEfficient.compile.values import CONTRIB, new_computed, new_constant, replace_node, trimmed
 from QEfficient.compile.weightfile import read_weight
 from QEfficient.errors import ConfigError
 
@@ -183,9 +183,7 @@ class _Quantized:
 
 def _multiply(graph: ir.Graph, match: MatrixUse, weight: _Quantized, precision: Precision) -> None:
     bias, last = with_bias(graph, match)
-    inputs: list[ir.Value | None] = [match.x, weight.data, weight.scales, weight.zeros, None, bias]
-    while inputs[-1] is None:
-        inputs.pop()
+    inputs = trimmed([match.x, weight.data, weight.scales, weight.zeros, None, bias])
     fused = ir.node(
         "MatMulNBits",
         inputs,

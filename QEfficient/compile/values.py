@@ -51,6 +51,14 @@ def new_computed(
     return value
 
 
+def trimmed(inputs: Sequence[ir.Value | None]) -> list[ir.Value | None]:
+    """Return a node's inputs without those at the end that are left out."""
+    kept = [*inputs]
+    while kept[-1] is None:
+        kept.pop()
+    return kept
+
+
 def take_over(old: ir.Value, new: ir.Value) -> None:
     """Let ``new`` stand for ``old`` wherever it is used, graph outputs included, under its name."""
     new.shape = old.shape

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from QEfficient.contract import AdapterSpec, StateSpec
 from QEfficient.errors import AdapterMismatchError, ArtifactError
-from QEfficient.kernels.ranks import TAIL, in_bytes
+from QEfficient.kernels.ranks import in_bytes
 from QEfficient.options import suggest
 from QEfficient.runtime import aligned
 
@@ -50,43 +50,50 @@ def validate(name: str, tensors: Mapping[str, Array], specs: Sequence[AdapterSpe
 def place(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> dict[str, Array]:
     """Return what to bind: transposed, scaled and joined where the program asks for it, contiguous, ours to keep."""
     placed: dict[str, Array] = {}
-    parts: dict[str, list[tuple[Array, tuple[int, ...]]]] = {}
+    parts: dict[str, list[tuple[Array, AdapterSpec]]] = {}
     for spec in specs:
         if not spec.bound:
             continue
         tensor = tensors[spec.name]
         if spec.scaled_by:
             tensor = tensor * tensors[spec.scaled_by]
-        if spec.held:
-            tensor = in_bytes(tensor, spec.shape.index("rank"))
         if spec.perm:
             tensor = tensor.transpose(spec.perm)
         if spec.joined:
-            parts.setdefault(spec.joined, []).append((tensor, spec.columns))
+            parts.setdefault(spec.joined, []).append((tensor, spec))
             continue
         # A writable array may belong to a model that is being trained; what nobody can write needs no copy.
+        if spec.held:
+            tensor = in_bytes(tensor, rank_axis(spec))
         dtype, flags = np.dtype(spec.held or spec.dtype), tensor.flags
         fits = flags.c_contiguous and tensor.dtype == dtype and not flags.writeable
         placed[spec.name] = tensor if fits else aligned.copied(tensor, dtype)
     return placed | {name: _join(tensors) for name, tensors in parts.items()}
 
 
-def _join(parts: Sequence[tuple[Array, tuple[int, ...]]]) -> Array:
+def _join(parts: Sequence[tuple[Array, AdapterSpec]]) -> Array:
     """Put parts ``(…, in, r)`` side by side, or parts ``(…, r, out)`` on a diagonal of the columns they name."""
-    first, columns = parts[0]
-    tensors = [tensor for tensor, _ in parts]
-    if not columns:
-        shape = (*first.shape[:-1], sum(tensor.shape[-1] for tensor in tensors))
-        return np.concatenate(tensors, axis=-1, out=aligned.zeros(shape, first.dtype))
-    ranks, tail = sum(tensor.shape[-2] for tensor in tensors), TAIL if first.dtype == np.int8 else 0
-    whole = aligned.zeros((*first.shape[:-2], ranks, columns[1] + tail), first.dtype)
-    row = 0
-    for tensor, (start, _) in parts:
-        rows, width = tensor.shape[-2], tensor.shape[-1] - tail
-        whole[..., row : row + rows, start : start + width] = tensor[..., :width]
-        whole[..., row : row + rows, columns[1] :] = tensor[..., width:]
-        row += rows
-    return whole
+    first, spec = parts[0]
+    if not spec.columns:
+        whole = np.concatenate([tensor for tensor, _ in parts], axis=-1)
+    else:
+        ranks = sum(tensor.shape[-2] for tensor, _ in parts)
+        whole = np.zeros((*first.shape[:-2], ranks, spec.columns[1]), first.dtype)
+        row = 0
+        for tensor, of in parts:
+            start = of.columns[0]
+            whole[..., row : row + tensor.shape[-2], start : start + tensor.shape[-1]] = tensor
+            row += tensor.shape[-2]
+    whole = in_bytes(whole, rank_axis(spec)) if spec.held else whole
+    return aligned.copied(whole, whole.dtype)
+
+
+def rank_axis(spec: AdapterSpec) -> int:
+    """Return the axis of the rank in the placed tensor, counted from the end."""
+    if spec.joined:
+        return -2 if spec.columns else -1
+    axis = spec.shape.index("rank")
+    return (spec.perm.index(axis) if spec.perm else axis) - len(spec.shape)
 
 
 def rank_of(tensors: Mapping[str, Array], specs: Sequence[AdapterSpec]) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from QEfficient.contract import ADAPTER_MASK, BASE, AdapterSpec
 from QEfficient.runtime import aligned
+from QEfficient.runtime.adapters import rank_axis
 
 Array = npt.NDArray[Any]
 Placed = Mapping[str, Array]
@@ -27,8 +28,8 @@ _MOST_UNUSED = 0.25
 _MOST_ROOM = 8
 """Times the memory of the pieces there are that is kept for more."""
 
-_OF_A, _OF_B = -1, -2
-"""The axis of the rank in ``A`` ``(in, r)`` and ``B`` ``(r, out)``."""
+_OF_B = -2
+"""The axis of the rank in ``B`` ``(r, out)``."""
 
 
 class Mixture:
@@ -40,7 +41,7 @@ class Mixture:
     """
 
     def __init__(self, specs: Sequence[AdapterSpec], kinds: Sequence[Sequence[str]]) -> None:
-        axes = {s.joined or s.name: _rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
+        axes = {s.joined or s.name: rank_axis(s) for s in specs if s.bound and "rank" in s.shape}
         self._kinds = [_Pieces({name: axes[name] for name in names}) for names in kinds]
         self._rows: tuple[str, ...] = ()
         self._mask: Array = np.zeros((0, 1, 0), np.float32)
@@ -165,14 +166,6 @@ def _copy_piece(source: Array, target: Array, axis: int, rank: int, start: int) 
     for part in range(source.shape[axis] // rank):
         target[_along(axis, part * PIECE, count)] = source[_along(axis, part * rank + start, count)]
         target[_along(axis, part * PIECE + count, PIECE - count)] = 0
-
-
-def _rank_axis(spec: AdapterSpec) -> int:
-    """Return the axis of the rank in the placed tensor, counted from the end."""
-    if spec.joined:
-        return _OF_B if spec.columns else _OF_A
-    axis = spec.shape.index("rank")
-    return (spec.perm.index(axis) if spec.perm else axis) - len(spec.shape)
 
 
 def _along(axis: int, start: int, length: int) -> tuple[Any, ...]:
