@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Root-mean-square norms as one kernel, and the residual sum before them in the same one.
+"""Root-mean-square norms as one kernel, and the residual sum before them in the same one, which may be ours.
 
 ONNX Runtime does not find these chains itself, with PyTorch's ``rsqrt`` as root and reciprocal. SiLU it does find, and layer
 norms are one operator already, so they are not looked for here.
@@ -20,9 +20,11 @@ from QEfficient.compile.values import (
     static_dim,
     take_over,
 )
+from QEfficient.kernels.library import DOMAIN
 
 NORM = "SimplifiedLayerNormalization"
 SKIP_NORM = "SkipSimplifiedLayerNormalization"
+OWN_NORM = "SkipNorm"
 
 
 class FuseRmsNorm:
@@ -84,6 +86,29 @@ class FuseSkipNorm:
         if changed:
             model.opset_imports.setdefault(CONTRIB, 1)
             model.graph.sort()  # the sum may have been read before the norm's place
+        return model, changed
+
+
+class OwnNorms:
+    """``SkipSimplifiedLayerNormalization`` in float32 without a bias becomes ``SkipNorm``, which gives the norm and the sum."""
+
+    def apply(self, model: ir.Model) -> tuple[ir.Model, bool]:
+        """Replace every match in ``model``; return it, and whether there was one."""
+        changed = False
+        for node in list(model.graph):
+            if node.op_type != SKIP_NORM or node.domain != CONTRIB or len(node.inputs) != 3:
+                continue
+            if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs):
+                continue
+            epsilon = {"epsilon": node.attributes["epsilon"].as_float()}
+            own = ir.node(OWN_NORM, node.inputs, epsilon, domain=DOMAIN, num_outputs=2)
+            model.graph.insert_before(node, own)
+            take_over(node.outputs[0], own.outputs[0])
+            take_over(node.outputs[3], own.outputs[1])
+            model.graph.remove(node, safe=True)
+            changed = True
+        if changed:
+            model.opset_imports.setdefault(DOMAIN, 1)
         return model, changed
 
 

@@ -18,7 +18,7 @@ from QEfficient.compile.halves import RoundWeights
 from QEfficient.compile.heads import FoldHeadSplits
 from QEfficient.compile.join import JoinAttentionProjections
 from QEfficient.compile.mixed import GatherAdapterPieces
-from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm
+from QEfficient.compile.norms import FuseRmsNorm, FuseSkipNorm, OwnNorms
 from QEfficient.compile.products import AdaptersIntoProducts, OwnFloatProducts, OwnProducts
 from QEfficient.compile.quantize import Precision, QuantizeWeights
 from QEfficient.compile.rotary import RotaryIntoAttention
@@ -149,6 +149,7 @@ class OnnxRuntime:
             model, _ = AdaptersIntoProducts(tensors).apply(model)
             model, _ = OwnAttention().apply(model)
             model, _ = OwnGates().apply(model)
+            model, _ = OwnNorms().apply(model)
             specs = lowered_specs(model, manifest.adapter)
         pieces = GatherAdapterPieces(tensors)
         if mixed:

@@ -452,6 +452,35 @@ def wrong_gates(library: Path) -> list[str]:
     return [] if off < TOLERANCE else [f"gates: off by {off:.1e} of a value"]
 
 
+EPSILON = 1e-3
+
+
+def norms() -> Any:
+    """Return a model of one ``SkipNorm``: ``a``, ``b`` and ``weight`` to ``y`` and ``sum``."""
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("a", "b", "weight")]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "sum")]
+    node = helper.make_node("SkipNorm", ["a", "b", "weight"], ["y", "sum"], domain=DOMAIN, epsilon=EPSILON)
+    return _model_of(helper.make_graph([node], "graph", inputs, outputs))
+
+
+def wrong_norms(library: Path) -> list[str]:
+    """Return a line for each norm that the library computes wrongly: of some rows, which one thread makes, and of many."""
+    found = []
+    rng = np.random.default_rng(5)
+    for rows, columns in ((3, 1000), (40, 900), (2, 7)):
+        a, b, weight = (rng.standard_normal(shape) for shape in ((rows, columns), (rows, columns), columns))
+        a, b = (of * np.logspace(-3, 3, rows)[:, None] for of in (a, b))
+        total = a + b
+        wanted = total / np.sqrt((total**2).mean(-1, keepdims=True) + EPSILON) * weight, total
+        feeds = {"a": a, "b": b, "weight": weight}
+        got = session(norms(), library, threads=2).run(None, {n: v.astype(np.float32) for n, v in feeds.items()})
+        for name, mine, right in zip(("norm", "sum"), got, wanted, strict=True):
+            off = float((np.abs(mine - right).max(-1) / np.abs(right).max(-1)).max())
+            if not off < TOLERANCE:
+                found.append(f"norms, {rows} rows of {columns}: the {name} is off by {off:.1e}")
+    return found
+
+
 def counted(rank: int, columns: int, starts: Sequence[int]) -> Array:
     """Return which numbers of ``B`` ``(rank, columns)`` count: each part of the ranks has those from its start to the next one's."""
     if not starts:
@@ -488,7 +517,16 @@ def pieces(
 
 def wrong(library: Path) -> list[str]:
     """Return a line for each thing that the library computes wrongly."""
-    checks = (wrong_products, wrong_rows, wrong_floats, wrong_updates, wrong_ranks, wrong_attention, wrong_gates)
+    checks = (
+        wrong_products,
+        wrong_rows,
+        wrong_floats,
+        wrong_updates,
+        wrong_ranks,
+        wrong_attention,
+        wrong_gates,
+        wrong_norms,
+    )
     return [line for check in checks for line in check(library)]
 
 

@@ -31,6 +31,7 @@ SOURCES = (
     "floats.h",
     "gates.h",
     "lanes.h",
+    "norms.h",
     "operators.cpp",
     "ort_abi.h",
     "products.h",

@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "floats.h"
 #include "gates.h"
+#include "norms.h"
 #include "ort_abi.h"
 #include "products.h"
 #include "updates.h"
@@ -152,7 +153,7 @@ struct BlockProduct {
     return w.bits == 4 ? call.run<Int4>(context) : call.run<Int8>(context);
   }
 
-  static constexpr int64_t kAlone = 1 << 15;  // multiplications that take less than to call other threads
+  static constexpr int64_t kAlone = 1 << 16;  // multiplications that take less than to call other threads
 
   struct Call : Product<int8_t> {
     const Weight* weight;
@@ -161,15 +162,16 @@ struct BlockProduct {
     template <class Format>
     OrtStatus* run(const OrtKernelContext* context) {
       rows.resize<Format>(count, *weight);
-      const auto begin = [](void* data, size_t i) {  // a row to be rounded, or a job of the adapters
+      // Part after part of the columns: a panel to be rounded, or a job of the adapters.
+      const auto begin = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        const auto at = static_cast<int64_t>(i);
-        if (at < c.count)
-          c.rows.template round<Format>(c.x + at * c.weight->columns, at, c.count, *c.weight);
+        const int64_t panels = Rows::count(c.count), each = panels + c.updates.jobs.size(), part = i / each, at = i % each;
+        if (at < panels)
+          c.rows.template round<Format>(c.x, Rows::begin_of(at, c.count), c.count, part * Updates::kDepth, Updates::kDepth, *c.weight);
         else
-          c.updates.down(c.pieces, c.updates.jobs[at - c.count], c.x);
+          c.updates.down(c.pieces, c.updates.jobs[at - panels], part, c.x);
       };
-      const size_t total = count + updates.jobs.size();
+      const size_t total = Updates::parts_of(weight->columns) * (Rows::count(count) + updates.jobs.size());
       // Rounding a row takes as long as some multiplications.
       if (weight->columns * (8 * count + pieces.ranks * static_cast<int64_t>(updates.rows.size())) < kAlone) {
         for (size_t i = 0; i < total; ++i) begin(this, i);
@@ -271,13 +273,14 @@ struct FloatProduct {
     OrtStatus* run(const OrtKernelContext* context) {
       const auto begin = [](void* data, size_t i) {
         auto& c = *static_cast<Call*>(data);
-        const auto jobs = static_cast<int64_t>(c.updates.jobs.size()), at = static_cast<int64_t>(i);
+        const int64_t parts = Updates::parts_of(c.weight.columns), jobs = parts * c.updates.jobs.size(), at = static_cast<int64_t>(i);
         if (at < jobs)
-          c.updates.down(c.pieces, c.updates.jobs[at], c.x);
+          c.updates.down(c.pieces, c.updates.jobs[at / parts], at % parts, c.x);
         else
           product<F>(c.weight, c.x, c.count, c.first_of(at - jobs), c.first_of(at - jobs + 1), c.y);
       };
-      if (auto* error = api.parallel_for(context, begin, this->updates.jobs.size() + this->tasks(), 0, this)) return error;
+      const size_t jobs = this->updates.jobs.size() * Updates::parts_of(weight.columns);
+      if (auto* error = api.parallel_for(context, begin, jobs + this->tasks(), 0, this)) return error;
       if (this->updates.jobs.empty()) return nullptr;
       this->updates.gather(this->pieces);
       const auto add = [](void* data, size_t i) {
@@ -324,6 +327,49 @@ struct GatedSilu {
     const float *gate, *up;
     float* y;
     int64_t count;
+  };
+};
+
+// SkipNorm(a, b, weight) -> (y, sum), of the attribute epsilon: a and b of one shape (..., N), weight (N).
+struct SkipNorm {
+  enum Input { kA, kB, kWeight, kInputs };
+  enum Output { kY, kSum, kOutputs };
+  static constexpr int64_t kAlone = 1 << 14;  // numbers that take less than to call other threads
+  float epsilon = 0;
+
+  OrtStatus* create(const OrtKernelInfo* info) { return api.attribute(info, "epsilon", &epsilon); }
+
+  OrtStatus* compute(OrtKernelContext* context) const {
+    Tensor in[kInputs];
+    for (size_t i = 0; i < kInputs; ++i)
+      if (auto* error = in[i].read(context, i, true)) return error;
+    const Tensor &a = in[kA], &b = in[kB], &weight = in[kWeight];
+    if (a.rank < 1 || a.rank != b.rank || !std::equal(a.dims, a.dims + a.rank, b.dims) || weight.rank != 1 || weight.dims[0] != a.dims[a.rank - 1])
+      return api.status(kInvalidArgument, "SkipNorm: a and b are not of one shape, or the weight is not as long as their last dimension");
+    void* to[kOutputs] = {};
+    for (size_t i = 0; i < kOutputs; ++i) {
+      OrtValue* out = nullptr;
+      if (auto* error = api.output(context, i, a.dims, a.rank, &out)) return error;
+      if (auto* error = api.data(out, &to[i])) return error;
+    }
+    Call call{a.as<float>(), b.as<float>(), weight.as<float>(), static_cast<float*>(to[kSum]), static_cast<float*>(to[kY]), weight.dims[0], epsilon};
+    int64_t rows = 1;
+    for (size_t i = 0; i + 1 < a.rank; ++i) rows *= a.dims[i];
+    const auto part = [](void* data, size_t i) {
+      const auto& c = *static_cast<const Call*>(data);
+      const int64_t at = static_cast<int64_t>(i) * c.columns;
+      skip_norm(c.a + at, c.b + at, c.weight, c.columns, c.epsilon, c.sum + at, c.y + at);
+    };
+    if (rows * call.columns > kAlone) return api.parallel_for(context, part, rows, 0, &call);
+    for (int64_t i = 0; i < rows; ++i) part(&call, i);
+    return nullptr;
+  }
+
+  struct Call {
+    const float *a, *b, *weight;
+    float *sum, *y;
+    int64_t columns;
+    float epsilon;
   };
 };
 
@@ -386,6 +432,16 @@ OrtCustomOp gated_silu() {
   op.GetName = [](const OrtCustomOp*) { return "GatedSilu"; };
   op.GetInputType = [](const OrtCustomOp*, size_t) { return kFloat; };
   op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
+  return op;
+}
+
+OrtCustomOp skip_norm() {
+  using Kernel = SkipNorm;
+  OrtCustomOp op = operator_of<Kernel>();
+  op.GetName = [](const OrtCustomOp*) { return "SkipNorm"; };
+  op.GetInputType = [](const OrtCustomOp*, size_t) { return kFloat; };
+  op.GetInputCharacteristic = [](const OrtCustomOp*, size_t) { return kRequired; };
+  op.GetOutputTypeCount = [](const OrtCustomOp*) -> size_t { return Kernel::kOutputs; };
   return op;
 }
 
@@ -498,7 +554,7 @@ OrtCustomOp cache_attention() {
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp ops[] = {block_product(), block_rows(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu()};
+  static const OrtCustomOp ops[] = {block_product(), block_rows(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu(), skip_norm()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is

@@ -73,29 +73,37 @@ struct Rows {
     panels -= reinterpret_cast<uintptr_t>(panels) % kLine;
   }
 
-  // How many rows the panel has that begins at row `m`.
+  // How many rows the panel has that begins at row `m`, and which of the `rows` a panel begins at.
   static int64_t height(int64_t m, int64_t rows) { return rows - m >= 8 ? 8 : rows - m >= 4 ? 4 : rows - m >= 2 ? 2 : 1; }
+  static int64_t count(int64_t rows) { return rows / 8 + __builtin_popcountll(rows % 8); }
+  static int64_t begin_of(int64_t panel, int64_t rows) {
+    int64_t first = std::min(panel, rows / 8) * 8;
+    for (int64_t i = rows / 8; i < panel; ++i) first += height(first, rows);
+    return first;
+  }
 
   const uint8_t* panel(int64_t m) const { return panels + m * row_bytes; }
 
+  // Rounds `size` columns of x, or as many as there are, from a block's beginning on, of all rows of the panel that begins at row `first`: two threads write
+  // no line of the cache in turns then.
   template <class Format>
-  void round(const float* x, int64_t row, int64_t rows, const Weight& w) {
-    int64_t first = 0;  // of its panel
-    while (first + height(first, rows) <= row) first += height(first, rows);
-    const int64_t high = height(first, rows), units = w.quads();
-    uint8_t* out = panels + first * row_bytes;
-    for (int64_t begin = 0; begin < w.blocks * w.block; begin += w.block, out += high * block_bytes<Format>(w)) {
-      int8_t numbers[kLargest];
-      const int64_t size = std::min(w.columns - begin, w.block);
-      const float scale = round_block(x + begin, size, numbers);
-      std::memset(numbers + size, 0, w.block - size);
-      int32_t sum = 0;
-      for (int64_t i = 0; i < w.block; ++i) sum += numbers[i];
-      sum *= w.zeros ? -1 : -(1 << (Format::kBits - 1));
-      for (int64_t u = 0; u < units; ++u) Format::unit(numbers + u * Format::kColumns, out + (u * high + row - first) * Format::kUnit);
-      uint8_t* end = out + units * high * Format::kUnit + (row - first) * sizeof(int32_t);
-      std::memcpy(end, &sum, sizeof(sum));
-      std::memcpy(end + high * sizeof(int32_t), &scale, sizeof(scale));
+  void round(const float* x, int64_t first, int64_t rows, int64_t begin, int64_t size, const Weight& w) {
+    const int64_t end = std::min(begin + size, w.columns), high = height(first, rows), units = w.quads();
+    uint8_t* out = panels + first * row_bytes + begin / w.block * high * block_bytes<Format>(w);
+    for (; begin < end; begin += w.block, out += high * block_bytes<Format>(w)) {
+      const int64_t some = std::min(w.columns - begin, w.block);
+      uint8_t* ends = out + units * high * Format::kUnit;
+      for (int64_t m = 0; m < high; ++m) {
+        int8_t numbers[kLargest];
+        const float scale = round_block(x + (first + m) * w.columns + begin, some, numbers);
+        std::memset(numbers + some, 0, w.block - some);
+        int32_t sum = 0;
+        for (int64_t i = 0; i < w.block; ++i) sum += numbers[i];
+        sum *= w.zeros ? -1 : -(1 << (Format::kBits - 1));
+        for (int64_t u = 0; u < units; ++u) Format::unit(numbers + u * Format::kColumns, out + (u * high + m) * Format::kUnit);
+        std::memcpy(ends + m * sizeof(int32_t), &sum, sizeof(sum));
+        std::memcpy(ends + (high + m) * sizeof(int32_t), &scale, sizeof(scale));
+      }
     }
   }
 

@@ -200,15 +200,12 @@ struct Part {
 
 // Rows of one call and the pieces that they use.
 struct Updates {
-  // What one thread does at once of the products with A: some rows of a use, some columns of x.
-  struct Job {
-    int64_t piece, first, count, part;
-  };
+  // What one thread does at once of the products with A: some rows of a use, of a part of the columns of x.
   static constexpr int64_t kRows = 16, kDepth = 1024;
+  static int64_t parts_of(int64_t columns) { return (columns + kDepth - 1) / kDepth; }
 
-  std::vector<Use> uses;
+  std::vector<Use> uses, jobs;
   std::vector<int32_t> rows;
-  std::vector<Job> jobs;
   std::vector<float> products;  // (parts of the columns, rows, p), the products with A
 
   // `places` (B or 1, m, C) is not zero where a row uses a piece; null, or of a single row and piece: all rows use it.
@@ -219,7 +216,7 @@ struct Updates {
     jobs.clear();
     products.clear();
     const bool all = !places || (batch == 1 && pieces.count == 1);
-    const int64_t of_each = batch > 1 ? count / batch : count, parts = (pieces.columns + kDepth - 1) / kDepth;
+    const int64_t of_each = batch > 1 ? count / batch : count;
     if (pieces.count == 1 && pieces.ranks == pieces.shares && zeros(pieces.a, pieces.depth() * pieces.ranks)) return;  // the bare base
     for (int64_t c = 0; c < pieces.count; ++c) {
       Use use{c, static_cast<int64_t>(rows.size()), 0};
@@ -229,11 +226,10 @@ struct Updates {
         if (used) rows.push_back(static_cast<int32_t>(row));
       }
       use.count = static_cast<int64_t>(rows.size()) - use.first;
-      for (int64_t i = 0; i < use.count; i += kRows)
-        for (int64_t part = 0; part < parts; ++part) jobs.push_back({c, use.first + i, std::min(kRows, use.count - i), part});
+      for (int64_t i = 0; i < use.count; i += kRows) jobs.push_back({c, use.first + i, std::min(kRows, use.count - i)});
       if (use.count) uses.push_back(use);
     }
-    products.assign(parts * rows.size() * pieces.ranks, 0.f);
+    products.assign(parts_of(pieces.columns) * rows.size() * pieces.ranks, 0.f);
   }
 
   template <class T>
@@ -241,12 +237,12 @@ struct Updates {
     return p[0] == 0 && std::memcmp(p, p + 1, (count - 1) * sizeof(T)) == 0;
   }
 
-  // A job's products with A.
+  // A job's products with A, of a part of the columns.
   template <class T>
-  void down(const Pieces<T>& pieces, const Job& job, const float* x) {
-    const int64_t begin = job.part * kDepth, depth = std::min(kDepth, pieces.columns - begin), ranks = pieces.ranks;
+  void down(const Pieces<T>& pieces, const Use& job, int64_t part, const float* x) {
+    const int64_t begin = part * kDepth, depth = std::min(kDepth, pieces.columns - begin), ranks = pieces.ranks;
     const T* a = pieces.a + (job.piece * pieces.depth() + begin) * ranks;
-    float* made = products.data() + job.part * rows.size() * ranks;
+    float* made = products.data() + part * rows.size() * ranks;
     const auto from = [&](int64_t i) { return x + rows[i] * pieces.columns + begin; };
     const auto to = [&](int64_t i) { return made + i * ranks; };
     int64_t i = job.first;
@@ -264,7 +260,7 @@ struct Updates {
   // Adds up the parts, in their order.
   template <class T>
   void gather(const Pieces<T>& pieces) {
-    const size_t size = jobs.empty() ? 0 : products.size() / (jobs.back().part + 1);
+    const size_t size = rows.size() * pieces.ranks;
     for (size_t i = size; i < products.size(); ++i) products[i % size] += products[i];
     if constexpr (kTail<T> == 0) return;
     for (const Use& use : uses) {

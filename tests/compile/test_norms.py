@@ -5,7 +5,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from QEfficient.compile.norms import NORM, SKIP_NORM, FuseRmsNorm, FuseSkipNorm
+from QEfficient.compile.norms import NORM, OWN_NORM, SKIP_NORM, FuseRmsNorm, FuseSkipNorm, OwnNorms
+from QEfficient.kernels.check import EPSILON, norms, session
 
 # A kernel adds squares in another order than the chain: about 1e-6 of logits near 10, through two layers.
 TOLERANCE = 5e-5
@@ -42,6 +43,53 @@ def test_second_time_nothing_changes(exported):
     for rewrite in (FuseRmsNorm(), FuseSkipNorm()):
         assert rewrite.apply(model)[1]
         assert not rewrite.apply(model)[1]
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("style", [style for style in SUMS if SUMS[style]])
+def test_own_norms(exported, trace, tmp_path, style):
+    """Every norm with a sum becomes an operator of ours, and the logits agree."""
+    made = exported(style)
+    model = made.load()
+    for rewrite in (FuseRmsNorm(), FuseSkipNorm()):
+        model, _ = rewrite.apply(model)
+    before = trace(made.session(model, tmp_path / "before"))
+    model, changed = OwnNorms().apply(model)
+    assert changed
+    assert (_operators(model)[OWN_NORM], _operators(model)[SKIP_NORM]) == (SUMS[style], 0)
+    assert OwnNorms().apply(model)[1] is False
+    for a, b in zip(before, trace(made.session(model, tmp_path / "after")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE)
+
+
+def test_a_norm_with_a_bias_is_left_alone(exported):
+    """ONNX Runtime's kernel can add a bias, ours cannot."""
+    model, _ = FuseSkipNorm().apply(FuseRmsNorm().apply(exported("llama").load())[0])
+    for node in [n for n in model.graph if n.op_type == SKIP_NORM]:
+        node.resize_inputs(4)
+        node.replace_input_with(3, node.inputs[2])
+    assert not OwnNorms().apply(model)[1]
+
+
+def test_operator_refuses_other_shapes(library):
+    """Sums that do not fit, and weights of another length, are errors; of no rows there are none."""
+    run = session(norms(), library)
+    whole, other = np.ones((2, 3), np.float32), np.ones((3, 2), np.float32)
+    for feeds in ((whole, other, whole[0]), (whole, whole, other[0])):
+        with pytest.raises(Exception, match="not of one shape, or the weight"):
+            run.run(None, dict(zip(("a", "b", "weight"), feeds, strict=True)))
+    y, total = run.run(None, {"a": whole[:0], "b": whole[:0], "weight": whole[0]})
+    assert y.shape == total.shape == (0, 3)
+
+
+def test_what_is_no_number_stays_in_its_row(library):
+    """A row with NaN or infinity gives NaN, the one beside it does not."""
+    a = np.ones((3, 20), np.float32)
+    a[0, 3], a[2, 19] = np.nan, np.inf
+    y, _ = session(norms(), library).run(None, {"a": a, "b": a, "weight": a[1]})
+    assert np.isnan(y[0]).all()
+    assert np.isnan(y[2, 19])
+    np.testing.assert_allclose(y[1], 2 / np.sqrt(4 + EPSILON), rtol=1e-6)
 
 
 def _other_power(model):

@@ -144,7 +144,7 @@ FAULTS = {
     "scales of the block before": ("products.h", "scales += kStrip;", "scales += b % 2 * kStrip;"),
     "zero points of the first block": ("products.h", "zeros += kStrip;", "zeros += 0;"),
     "a block that is left out": ("products.h", "b < w.blocks; ++b", "b + 1 < w.blocks; ++b"),
-    "what fills a block": ("products.h", "std::memset(numbers + size, 0,", "std::memset(numbers + size, 1,"),
+    "what fills a block": ("products.h", "std::memset(numbers + some, 0,", "std::memset(numbers + some, 1,"),
     "a sum of a row alone that is left out": ("products.h", "m < M * kChains; ++m", "m < M; ++m"),
     "rows of an embedding with columns that change places": (
         "products.h",
@@ -183,6 +183,8 @@ FAULTS = {
     "scales of ranks that are left out": ("updates.h", "*= scale;", "*= 1.f;"),
     "scales of another rank": ("updates.h", "pieces.scale(use.piece, k)", "pieces.scale(use.piece, 0)"),
     "gates that are left out": ("gates.h", "_mm256_div_ps(gate, below)", "gate"),
+    "norms without what is left over of a row": ("norms.h", "total += sum[i] * sum[i];", "(void)0;"),
+    "norms of other rows": ("operators.cpp", "c.b + at, c.weight", "c.b, c.weight"),
     "a token that attends to all but itself": ("attention.h", "end = last[b] + 1;", "end = std::max(1, last[b]);"),
     "heads that are turned the other way": ("attention.h", "x[i + half] * c + x[i] * s", "x[i + half] * c - x[i] * s"),
     "weights of other sizes": (
