@@ -96,7 +96,7 @@ class OwnNorms:
         """Replace every match in ``model``; return it, and whether there was one."""
         changed = False
         for node in list(model.graph):
-            if node.op_type != SKIP_NORM or node.domain != CONTRIB or len(node.inputs) != 3:
+            if node.op_type != SKIP_NORM or node.domain != CONTRIB or len(node.inputs) != 3 or len(node.outputs) != 4:
                 continue
             if any(value is None or value.dtype != ir.DataType.FLOAT for value in node.inputs):
                 continue

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
-// A residual sum and its root-mean-square norm, in one pass.
+// A residual sum and its root-mean-square norm.
 #pragma once
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 
 #include "registers.h"
 
-// A row of `count` numbers: sum = a + b, y = sum / sqrt(mean(sum^2) + epsilon) * weight. `sum` may be where `a` or `b` is.
+// A row of `count` numbers: sum = a + b, y = sum / sqrt(mean(sum^2) + epsilon) * weight.
 inline void skip_norm(const float* a, const float* b, const float* weight, int64_t count, float epsilon, float* sum, float* y) {
   constexpr int kSums = 4;  // so that one addition does not wait for the other
   Floats squares[kSums];

@@ -554,7 +554,8 @@ OrtCustomOp cache_attention() {
 }  // namespace
 
 extern "C" OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) {
-  static const OrtCustomOp ops[] = {block_product(), block_rows(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(), cache_attention(), gated_silu(), skip_norm()};
+  static const OrtCustomOp ops[] = {block_product(), block_rows(), float_product<Bfloat16, kBfloat16>(), float_product<Float16, kFloat16>(),
+                                    cache_attention(), gated_silu(), skip_norm()};
   api.table = base->GetApi(kApiVersion);
   if (!api.table) return nullptr;  // an older ONNX Runtime, which then knows no such operator and says so
   OrtCustomOpDomain* domain = nullptr;  // kept as long as the library is

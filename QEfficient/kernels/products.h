@@ -84,8 +84,8 @@ struct Rows {
 
   const uint8_t* panel(int64_t m) const { return panels + m * row_bytes; }
 
-  // Rounds `size` columns of x, or as many as there are, from a block's beginning on, of all rows of the panel that begins at row `first`: two threads write
-  // no line of the cache in turns then.
+  // Rounds `size` columns of x, or as many as there are, from a block's beginning on, of all rows of the panel that begins at row `first`: of all, so that
+  // two threads do not write one line of the cache in turns.
   template <class Format>
   void round(const float* x, int64_t first, int64_t rows, int64_t begin, int64_t size, const Weight& w) {
     const int64_t end = std::min(begin + size, w.columns), high = height(first, rows), units = w.quads();
