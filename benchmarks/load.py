@@ -134,8 +134,8 @@ def start(place: Place, log: Path) -> tuple[subprocess.Popen[bytes], int]:
     process = subprocess.Popen(command, stderr=log.open("wb"), env={**os.environ, "OMP_NUM_THREADS": "1"})
     server = Running(process, 0, log)
     while process.poll() is None:
-        if ports := [event["port"] for event in server.events() if event["event"] == "listening"]:
-            return process, int(ports[0])
+        if server.listens():
+            return process, server.port
         time.sleep(0.2)
     raise SystemExit(f"the server did not start: {log.read_text()}")
 

@@ -82,6 +82,12 @@ class Running:
         """Open a bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=600)
 
+    def listens(self) -> bool:
+        """Whether it has said where; `port` is that one then, the system's choice: one looked for before may be another's by now."""
+        ports = [event["port"] for event in self.events() if event["event"] == "listening"]
+        self.port = ports[0] if ports else self.port
+        return bool(ports)
+
     def events(self) -> list[dict[str, Any]]:
         """Return what it has logged."""
         whole, _, _ = self.log.read_text().rpartition("\n")  # the last line may be half written
@@ -128,8 +134,7 @@ def start(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ca
         while time.monotonic() < end:
             if process.poll() is not None:
                 pytest.fail(f"the server ended: {log.read_text()}")
-            if ports := [e["port"] for e in made.events() if e["event"] == "listening"]:
-                made.port = ports[0]  # the system's choice: one that was looked for before may be another's by now
+            if made.listens():
                 return made
             time.sleep(0.1)
         pytest.fail("the server did not start")

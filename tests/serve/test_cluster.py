@@ -132,7 +132,7 @@ def test_two_nodes(place: Place, tmp_path: Path) -> None:
             assert running.process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
-        running.port = next(e["port"] for e in running.events() if e["event"] == "listening")
+        assert running.listens()
         check_cluster(running, place)
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(600) == 0
